@@ -1,0 +1,39 @@
+# Helpers that give every target of the project the same language level, warnings and sanitizers.
+
+function(reshard_target_defaults target)
+  target_compile_features(${target} PUBLIC cxx_std_20)
+  set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF POSITION_INDEPENDENT_CODE ON)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual
+                                           $<$<BOOL:${RESHARD_WARNINGS_AS_ERRORS}>:-Werror>)
+  if(RESHARD_SANITIZE)
+    target_compile_options(${target} PRIVATE -fsanitize=${RESHARD_SANITIZE} -fno-omit-frame-pointer)
+    target_link_options(${target} PUBLIC -fsanitize=${RESHARD_SANITIZE})
+  endif()
+endfunction()
+
+# reshard_add_library(<target> <exported name>): a library known as reshard::<exported name>, in the build tree and
+# after installation alike. Rooms add their files with target_sources.
+function(reshard_add_library target exported)
+  add_library(${target})
+  add_library(reshard::${exported} ALIAS ${target})
+  reshard_target_defaults(${target})
+  set_target_properties(${target} PROPERTIES EXPORT_NAME ${exported})
+  target_include_directories(${target} PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+                                              $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>
+                                       PRIVATE ${PROJECT_SOURCE_DIR}/src)
+endfunction()
+
+# reshard_add_test(<name> SOURCES a.cpp ... [LIBRARIES lib ...] [LABELS label ...] [TORCH])
+# A GoogleTest program whose every case is a ctest test. TORCH: it includes LibTorch headers (precompiled header reused).
+function(reshard_add_test name)
+  cmake_parse_arguments(arg "TORCH" "" "SOURCES;LIBRARIES;LABELS" ${ARGN})
+  add_executable(${name} ${arg_SOURCES})
+  reshard_target_defaults(${name})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests)
+  target_link_libraries(${name} PRIVATE ${arg_LIBRARIES} GTest::gtest GTest::gmock GTest::gtest_main)
+  if(arg_TORCH)
+    target_precompile_headers(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src/torch_pch.h")
+  endif()
+  include(GoogleTest)
+  gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES LABELS "${arg_LABELS}" TIMEOUT 300)
+endfunction()

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+// Dims: the sizes, offsets or strides of an N-dimensional tensor, held inline up to four dimensions, because plans hold
+// millions of them.
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <string>
+
+namespace reshard {
+
+/// Largest tensor rank that is accepted anywhere; LibTorch's own limit is 64.
+inline constexpr size_t kMaxTensorRank = 64;
+
+/// A short vector of int64_t with value semantics. The rank of a 0-d tensor is 0.
+class Dims {
+ public:
+  using value_type = int64_t;
+
+  Dims() = default;
+  Dims(std::initializer_list<int64_t> values) : Dims(std::span<const int64_t>(values.begin(), values.size())) {}
+  explicit Dims(std::span<const int64_t> values) {
+    resize(values.size());
+    for (size_t i = 0; i < values.size(); ++i) data()[i] = values[i];
+  }
+  explicit Dims(size_t rank, int64_t value) {
+    resize(rank);
+    for (auto& v : *this) v = value;
+  }
+  Dims(const Dims& other) : Dims(other.span()) {}
+  Dims(Dims&& other) noexcept { swap(other); }
+  Dims& operator=(const Dims& other) {
+    if (this != &other) Dims(other).swap(*this);
+    return *this;
+  }
+  Dims& operator=(Dims&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  size_t size() const noexcept { return size_; }
+  bool empty() const noexcept { return size_ == 0; }
+  int64_t* data() noexcept { return heap_ ? heap_.get() : inline_; }
+  const int64_t* data() const noexcept { return heap_ ? heap_.get() : inline_; }
+  int64_t* begin() noexcept { return data(); }
+  int64_t* end() noexcept { return data() + size_; }
+  const int64_t* begin() const noexcept { return data(); }
+  const int64_t* end() const noexcept { return data() + size_; }
+  int64_t& operator[](size_t i) noexcept { return data()[i]; }
+  int64_t operator[](size_t i) const noexcept { return data()[i]; }
+  std::span<const int64_t> span() const noexcept { return {data(), size_}; }
+  void push_back(int64_t value) {
+    Dims grown;
+    grown.resize(size_ + 1);
+    for (size_t i = 0; i < size_; ++i) grown[i] = (*this)[i];
+    grown[size_] = value;
+    swap(grown);
+  }
+
+  friend bool operator==(const Dims& a, const Dims& b) noexcept {
+    if (a.size_ != b.size_) return false;
+    for (size_t i = 0; i < a.size_; ++i) {
+      if (a[i] != b[i]) return false;
+    }
+    return true;
+  }
+  /// Lexicographic; a shorter one that is a prefix comes first.
+  friend bool operator<(const Dims& a, const Dims& b) noexcept {
+    for (size_t i = 0; i < a.size_ && i < b.size_; ++i) {
+      if (a[i] != b[i]) return a[i] < b[i];
+    }
+    return a.size_ < b.size_;
+  }
+
+  void swap(Dims& other) noexcept {
+    std::swap(size_, other.size_);
+    heap_.swap(other.heap_);
+    for (size_t i = 0; i < kInline; ++i) std::swap(inline_[i], other.inline_[i]);
+  }
+
+ private:
+  static constexpr size_t kInline = 4;
+  void resize(size_t rank) {
+    size_ = static_cast<uint32_t>(rank);
+    if (rank > kInline) heap_ = std::make_unique<int64_t[]>(rank);
+  }
+
+  uint32_t size_ = 0;
+  int64_t inline_[kInline] = {};
+  std::unique_ptr<int64_t[]> heap_;
+};
+
+/// "[4, 8]"; "[]" for a 0-d tensor.
+std::string to_string(const Dims& dims);
+
+/// Number of elements; 1 for rank 0. Throws kCorruptData on a negative size or when the product leaves int64.
+int64_t volume(const Dims& sizes);
+
+/// Row-major strides, in elements, of a dense tensor of these sizes.
+Dims contiguous_strides(const Dims& sizes);
+
+struct DimsHash {
+  size_t operator()(const Dims& dims) const noexcept {
+    uint64_t h = 0x9E3779B97F4A7C15ull + dims.size();
+    for (int64_t v : dims) {
+      h ^= static_cast<uint64_t>(v);
+      h *= 0xFF51AFD7ED558CCDull;
+      h ^= h >> 32;
+    }
+    return static_cast<size_t>(h);
+  }
+};
+
+}  // namespace reshard

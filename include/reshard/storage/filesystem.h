@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+// Checkpoints in a directory, in PyTorch's DCP layout: data files `__<rank>_<n>.distcp`, one torch.save archive an item, and `.metadata`, which
+// exists once the checkpoint is committed. docs/format.md has the bytes, docs/durability.md the promise.
+
+#include <cstdint>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "reshard/io/file_system.h"
+#include "reshard/storage/storage.h"
+
+namespace reshard {
+
+struct FileSystemWriterOptions {
+  /// One file a rank and thread (PyTorch's default), or one file an item.
+  bool single_file_per_rank = true;
+  /// Threads, and files, a rank writes with.
+  int thread_count = 1;
+  /// fsync data, catalogue and directory. Without it a save is atomic but survives no power loss.
+  bool sync_files = true;
+  /// Allow a directory that holds a checkpoint; it stays whole until the new one commits. False: kAlreadyExists.
+  bool overwrite = true;
+  /// Payloads start at multiples of this many bytes in the item; items start at multiples of it in the file. 64 or 4096.
+  uint32_t storage_alignment = 64;
+};
+
+class FileSystemWriter final : public StorageWriter {
+ public:
+  /// `file_system` is borrowed; the directory is made if missing.
+  explicit FileSystemWriter(std::string directory, FileSystemWriterOptions options = {}, FileSystem& file_system = local_file_system());
+  ~FileSystemWriter() override;
+  std::string checkpoint_id() const override { return directory_; }
+  void begin_save(const std::string& save_id) override;
+  std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override;
+  std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner, const StorageContext& context) override;
+  void finish(const Metadata& metadata, const StorageContext& context, Committed& committed) override;
+  void abandon() noexcept override;
+
+ private:
+  std::string directory_;
+  FileSystemWriterOptions options_;
+  FileSystem& file_system_;
+  std::set<std::string> replaced_;    // files of the committed checkpoint, known to the coordinator
+  std::vector<std::string> written_;  // files this rank made in this save
+  int64_t first_file_number_ = 0;     // n of the first `__<rank>_<n>.distcp` of this save
+};
+
+struct FileSystemReaderOptions {
+  /// Check the zip CRC-32 of every record that is read whole.
+  bool verify_checksums = true;
+  /// Neighbouring ranges of a file closer than this many bytes are read in one call.
+  uint32_t coalesce_gap = 0;
+};
+
+/// What a load moved. Exact, so that tests can gate on it.
+struct ReadCounters {
+  uint64_t bytes_needed = 0;   // elements wanted by the plan, in bytes
+  uint64_t bytes_payload = 0;  // bytes of tensor payload read
+  uint64_t bytes_read = 0;     // all bytes read from data files, headers included
+  uint64_t reads = 0;          // read calls
+  uint64_t bytes_staged = 0;   // payload bytes that were not read straight into their destination
+};
+
+class FileSystemReader final : public StorageReader {
+ public:
+  explicit FileSystemReader(std::string directory, FileSystemReaderOptions options = {}, FileSystem& file_system = local_file_system());
+  ~FileSystemReader() override;
+  Metadata read_metadata() override;
+  void set_up_storage_reader(const Metadata& metadata) override;
+  void read_data(const LoadPlan& plan, LoadPlanner& planner, const StorageContext& context) override;
+  const ReadCounters& counters() const { return counters_; }
+
+ private:
+  std::string directory_;
+  FileSystemReaderOptions options_;
+  FileSystem& file_system_;
+  const Metadata* metadata_ = nullptr;
+  ReadCounters counters_;
+};
+
+/// Largest `.metadata` that is read: 4 GiB.
+inline constexpr uint64_t kMaxMetadataBytes = uint64_t{4} << 30;
+
+}  // namespace reshard
