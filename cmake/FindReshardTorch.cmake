@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 # Finds LibTorch without enabling the CUDA language, and defines
 #   ReshardTorch::torch   headers, c10 and torch_cpu: enough for every CPU program
 #   ReshardTorch::cuda    in addition torch_cuda, the CUDA and NCCL headers (only where LibTorch has CUDA)

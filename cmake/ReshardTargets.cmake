@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 # Helpers that give every target of the project the same language level, warnings and sanitizers.
 
 function(reshard_target_defaults target)
