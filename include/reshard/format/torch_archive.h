@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+// The zip archive that torch.save writes: one item of a checkpoint. Tensors have a writer of their own, because
+// everything around their bytes is a pure function of dtype and sizes, so that all offsets are known before any byte is
+// written:
+//
+//   [ head(): data.pkl and small records ][ payload: the elements ][ tail(crc): descriptor, last records, zip directory
+//   ] 0                                     payload_offset() length()
+//
+// Readers take the archives of torch 2.1 to 2.15 and other legal zip layouts, and believe nothing: every offset and
+// length is checked against the item, and nothing of the stream inside is run. Errors: kCorruptData, or kUnsupported
+// naming what is not read here; `offset` in their context counts from the start of the item. All functions are
+// thread-safe.
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "reshard/core/box.h"
+#include "reshard/core/bytes.h"
+#include "reshard/core/dims.h"
+#include "reshard/core/dtype.h"
+#include "reshard/format/pickle.h"
+
+namespace reshard {
+
+/// The bytes of one item, wherever they are. Implementations throw on a read past the end.
+class ByteSource {
+ public:
+  virtual ~ByteSource() = default;
+  virtual uint64_t size() const = 0;
+  /// Fills `out` from byte `offset` of the item. Callers stay within size().
+  virtual void read(uint64_t offset, MutableByteSpan out) const = 0;
+};
+
+/// An item in memory. Borrows it.
+class MemorySource final : public ByteSource {
+ public:
+  explicit MemorySource(ByteSpan data) : data_(data) {}
+  uint64_t size() const override { return data_.size(); }
+  void read(uint64_t offset, MutableByteSpan out) const override;
+
+ private:
+  ByteSpan data_;
+};
+
+// --- writing ---------------------------------------------------------------------------------------------------------
+
+struct TensorArchiveOptions {
+  /// Payloads start at multiples of this many bytes in the item; a power of two, 64 in torch.
+  uint32_t alignment = 64;
+  bool requires_grad = false;
+};
+
+/// The archive of one dense row-major tensor, byte for byte as torch 2.14.1 saves it. Cheap to construct (no
+/// allocation): planning makes one for every item only to learn its length.
+class TensorArchive {
+ public:
+  /// Throws kInvalidArgument for a negative size, a size that overflows, a quantized dtype or a bad alignment.
+  TensorArchive(DType dtype, const Dims& sizes, TensorArchiveOptions options = {});
+
+  uint64_t length() const { return length_; }
+  uint64_t payload_offset() const { return records_[kData].payload; }
+  uint64_t payload_size() const { return records_[kData].size; }
+  /// Bytes [0, payload_offset()).
+  Bytes head() const;
+  /// Bytes from the end of the payload to length(). `crc` is the CRC-32 of the payload.
+  Bytes tail(uint32_t crc) const;
+
+ private:
+  enum Index { kPickle, kFormatVersion, kAlignment, kByteOrder, kData, kVersion, kSerializationId, kRecordCount };
+  struct Record {
+    uint64_t header = 0;   // position of the local header
+    uint64_t payload = 0;  // position of the content
+    uint64_t size = 0;
+  };
+  Bytes small_content(int index) const;
+
+  DType dtype_;
+  Dims sizes_;
+  TensorArchiveOptions options_;
+  Record records_[kRecordCount];
+  uint64_t directory_ = 0;
+  uint64_t length_ = 0;
+};
+
+/// The archive of any other value, as torch.save writes it. `storages` are the contents of data/0, data/1, ...: the
+/// storages that tensors inside the value refer to (make_tensor_value).
+Bytes encode_value_archive(const pickle::Value& value, std::span<const ByteSpan> storages = {},
+                           uint32_t alignment = 64);
+
+/// The value that torch.save makes of a dense row-major tensor whose elements are storage number `storage`.
+pickle::Value make_tensor_value(pickle::Tree& tree, DType dtype, const Dims& sizes, size_t storage,
+                                bool requires_grad = false);
+
+// --- reading ---------------------------------------------------------------------------------------------------------
+
+/// What an archive says of a tensor. Strides and storage offset count elements; the ranges they reach lie within the
+/// payload (checked).
+struct TensorItem {
+  DType dtype = DType::kFloat32;
+  Dims sizes;
+  Dims strides;  // >= 0; 0 for an expanded dimension
+  int64_t storage_offset = 0;
+  uint64_t payload_offset = 0;    // of the storage's first byte, in the item
+  uint64_t payload_size = 0;      // bytes of the storage
+  std::optional<uint32_t> crc32;  // of the whole storage; absent where the writer left it out
+  bool conj = false;              // elements are stored unconjugated
+  bool neg = false;               // elements are stored unnegated
+  bool requires_grad = false;
+  /// True if the tensor's elements are exactly its row-major bytes, starting at storage_offset.
+  bool is_dense() const;
+};
+
+/// Reads the description of a tensor item, not its payload: one read for an item of up to 4 KiB, else one of 1 KiB at
+/// the end and one at the start, except in unusual layouts.
+TensorItem read_tensor_item(const ByteSource& item);
+
+/// A value read from an archive. Moving it keeps the values valid.
+class ValueArchive {
+ public:
+  /// The object saved. check_tree() has passed: it may be descended recursively.
+  const pickle::Value& root() const { return tree_.root(); }
+  /// The tensor that `value` rebuilds; nothing if it is no tensor. Throws kUnsupported for sparse, quantized and nested
+  /// ones.
+  std::optional<TensorItem> as_tensor(const pickle::Value& value) const;
+
+ private:
+  friend ValueArchive decode_value_archive(const ByteSource&);
+  struct Storage {
+    uint64_t offset = 0;
+    uint64_t size = 0;
+    uint32_t crc32 = 0;
+  };
+  pickle::Tree tree_;
+  std::map<std::string, Storage, std::less<>> storages_;
+};
+ValueArchive decode_value_archive(const ByteSource& item);
+
+/// What verify_archive() went through.
+struct ArchiveSummary {
+  size_t records = 0;
+  size_t without_crc = 0;  // records whose CRC-32 the writer left out (0)
+  uint64_t bytes = 0;      // contents read
+};
+/// Reads the whole item: directory, every local header and data descriptor, and the CRC-32 of every record. Throws
+/// kCorruptData at the first that differs.
+ArchiveSummary verify_archive(const ByteSource& item);
+
+}  // namespace reshard
