@@ -56,7 +56,8 @@ class ByteWriter {
   Bytes out_;
 };
 
-/// Reads little-endian values from a span; reading past the end throws kCorruptData naming what was wanted. Borrows the span.
+/// Reads little-endian values from a span; reading past the end throws kCorruptData naming what was wanted. Borrows the
+/// span.
 class ByteReader {
  public:
   explicit ByteReader(ByteSpan data, std::string_view what = "data") : data_(data), what_(what) {}
@@ -102,7 +103,8 @@ class ByteReader {
   }
   [[noreturn]] void fail(uint64_t n, const char* unit) const {
     throw Error(ErrorCode::kCorruptData, std::string(what_) + " ends too early",
-                {.offset = position_, .wanted = std::to_string(n) + " " + unit,
+                {.offset = position_,
+                 .wanted = std::to_string(n) + " " + unit,
                  .found = std::to_string(remaining()) + " bytes"});
   }
   ByteSpan data_;

@@ -10,6 +10,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 
 namespace reshard {
 
@@ -97,10 +98,11 @@ class Dims {
 /// "[4, 8]"; "[]" for a 0-d tensor.
 std::string to_string(const Dims& dims);
 
-/// Number of elements; 1 for rank 0. Throws kCorruptData on a negative size or when the product leaves int64.
+/// Number of elements; 1 for rank 0. Throws kCorruptData on a negative size or when the number leaves int64.
 int64_t volume(const Dims& sizes);
 
-/// Row-major strides, in elements, of a dense tensor of these sizes.
+/// Row-major strides, in elements, of a dense tensor of these sizes; a size of 0 counts as 1, as in LibTorch. Throws
+/// kCorruptData when a stride leaves int64.
 Dims contiguous_strides(const Dims& sizes);
 
 struct DimsHash {

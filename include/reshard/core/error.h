@@ -2,8 +2,8 @@
 #pragma once
 // Errors of the whole library.
 //
-// Every failure that a caller or a file can cause is a reshard::Error: a code that says what to do next, and a text that
-// says what failed, where (rank, key, file, offset), what was wanted and what was found. What crossed ranks is a
+// Every failure that a caller or a file can cause is a reshard::Error: a code that says what to do next, and a text
+// that says what failed, where (rank, key, file, offset), what was wanted and what was found. What crossed ranks is a
 // CheckpointError: every rank gets the same one, with the cause of each rank that failed.
 
 #include <cstdint>
@@ -33,12 +33,12 @@ std::string_view to_string(ErrorCode code);
 
 /// Where an error happened and what was expected; empty members are left out of the text.
 struct ErrorContext {
-  std::optional<int> rank;
-  std::string key;   // fully qualified name
-  std::string file;
-  std::optional<uint64_t> offset;  // byte offset in `file`
-  std::string wanted;
-  std::string found;
+  std::optional<int> rank{};
+  std::string key{};  // fully qualified name
+  std::string file{};
+  std::optional<uint64_t> offset{};  // byte offset in `file`
+  std::string wanted{};
+  std::string found{};
 };
 
 /// The root of all errors. Immutable; safe to copy between threads.
@@ -61,16 +61,6 @@ class Error : public std::runtime_error {
   ErrorContext context_;
 };
 
-/// Runs `body`; an Error leaving it gains the context. Other exceptions pass unchanged.
-template <class Body>
-decltype(auto) with_error_context(const ErrorContext& context, Body&& body) {
-  try {
-    return body();
-  } catch (const Error& error) {
-    throw error.with_context(context);
-  }
-}
-
 /// Whether the save that failed is the one a reader finds afterwards.
 enum class Committed : uint8_t { kNo, kYes, kUnknown };
 std::string_view to_string(Committed committed);
@@ -84,7 +74,9 @@ struct RankFailure {
 /// A save or load that failed on at least one rank, thrown with the same content on every rank that could be reached.
 class CheckpointError : public Error {
  public:
-  /// `step` names what was being done ("plan", "write", "commit", ...). `failures` is not empty.
+  /// `step` names what was being done ("plan", "write", "commit", ...). `failures` is not empty. The code is that of
+  /// the first cause: the lowest rank whose failure is not itself a silent or lost peer. The text has a line for each
+  /// failing rank.
   CheckpointError(std::string step, std::map<int, RankFailure> failures, Committed committed);
 
   const std::string& step() const noexcept { return step_; }
@@ -96,6 +88,19 @@ class CheckpointError : public Error {
   std::map<int, RankFailure> failures_;
   Committed committed_;
 };
+
+/// Runs `body`; an Error leaving it gains the context. A CheckpointError, which names its ranks already, and other
+/// exceptions pass unchanged.
+template <class Body>
+decltype(auto) with_error_context(const ErrorContext& context, Body&& body) {
+  try {
+    return body();
+  } catch (const CheckpointError&) {
+    throw;
+  } catch (const Error& error) {
+    throw error.with_context(context);
+  }
+}
 
 /// The failure that describes the exception being handled. Call it inside a catch block only.
 RankFailure current_failure();

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// OrderedMap: a hash map that remembers insertion order, as Python's dict does. The catalogue's order is part of the format.
+// OrderedMap: a hash map that remembers insertion order, as Python's dict does. The catalogue's order is part of the
+// format.
 
 #include <functional>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -25,6 +27,11 @@ class OrderedMap {
   void reserve(size_t n) {
     items_.reserve(n);
     index_.reserve(n);
+  }
+  /// The key's place in insertion order, if it is there.
+  std::optional<size_t> position(const Key& key) const {
+    const auto it = index_.find(key);
+    return it == index_.end() ? std::nullopt : std::optional(it->second);
   }
   /// Null if absent.
   const Value* find(const Key& key) const {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// The catalogue of a DCP checkpoint as plain values, named as in torch.distributed.checkpoint.metadata. Bytes, files and
-// ranks are not known here; format/dcp_metadata.h turns it into a `.metadata` file and back.
+// The catalogue of a DCP checkpoint as plain values, named as in torch.distributed.checkpoint.metadata. Bytes, files
+// and ranks are not known here; format/dcp_metadata.h turns it into a `.metadata` file and back.
 
 #include <cstdint>
 #include <optional>
@@ -44,13 +44,15 @@ struct BytesStorageMetadata {
 
 using StorageMetadata = std::variant<TensorStorageMetadata, BytesStorageMetadata>;
 
-/// Names one saved item: a chunk of a tensor (fqn and the chunk's offsets) or a value (fqn alone). `index` is only a hint at the
-/// chunk's position in the catalogue and takes no part in comparison, as in PyTorch.
+/// Names one saved item: a chunk of a tensor (fqn and the chunk's offsets) or a value (fqn alone). `index` is only a
+/// hint at the chunk's position in the catalogue and takes no part in comparison, as in PyTorch.
 struct MetadataIndex {
   std::string fqn;
   std::optional<Dims> offset;
   std::optional<int64_t> index;
-  friend bool operator==(const MetadataIndex& a, const MetadataIndex& b) { return a.fqn == b.fqn && a.offset == b.offset; }
+  friend bool operator==(const MetadataIndex& a, const MetadataIndex& b) {
+    return a.fqn == b.fqn && a.offset == b.offset;
+  }
 };
 struct MetadataIndexHash {
   size_t operator()(const MetadataIndex& index) const noexcept {
@@ -92,7 +94,8 @@ struct Metadata {
   OrderedMap<MetadataIndex, StorageInfo, MetadataIndexHash> storage_data;
   std::optional<StorageMeta> storage_meta;
   std::optional<std::string> version;
-  /// Number of `.reshard-<save_id>-<rank>` sidecars that belong to this save; absent where PyTorch wrote the checkpoint.
+  /// Number of `.reshard-<save_id>-<rank>` sidecars that belong to this save; absent where PyTorch wrote the
+  /// checkpoint.
   std::optional<int64_t> sidecars;
   friend bool operator==(const Metadata&, const Metadata&) = default;
 };
@@ -100,12 +103,14 @@ struct Metadata {
 /// The release of the catalogue that PyTorch writes since 2.9.
 inline constexpr const char* kMetadataVersion = "1.0.0";
 
-/// Checks what every user of a catalogue relies on: ranks, signs and sizes in bounds, chunks inside their tensor, one storage entry for every
-/// item that holds elements and none without an item, relative paths that stay below the directory, ranges that do not overflow.
-/// Does not check tiling (a catalogue of a partial save is readable). Throws kCorruptData naming the key.
+/// Checks what every user of a catalogue relies on: ranks, signs and sizes in bounds, chunks inside their tensor, one
+/// storage entry for every item that holds elements and none without an item, relative paths that stay below the
+/// directory, ranges that do not overflow. Does not check tiling (a catalogue of a partial save is readable). Throws
+/// kCorruptData naming the key.
 void validate(const Metadata& metadata);
 
-/// Throws kCorruptData unless `path` is relative, not empty, holds no "..", no NUL, no backslash, and no empty component.
+/// Throws kCorruptData naming `fqn` unless `path` is relative, not empty, and holds no NUL, no backslash, and no
+/// component that is empty, "." or "..".
 void validate_relative_path(const std::string& path, const std::string& fqn);
 
 }  // namespace reshard

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/metadata/metadata.h"
+
+#include <algorithm>
+#include <limits>
+#include <string_view>
+#include <utility>
+
+#include "reshard/core/checked.h"
+
+namespace reshard {
+namespace {
+
+[[noreturn]] void corrupt(const std::string& message, const std::string& key, std::string wanted = {},
+                          std::string found = {}) {
+  throw Error(ErrorCode::kCorruptData, message, {.key = key, .wanted = std::move(wanted), .found = std::move(found)});
+}
+
+void validate_tensor(const std::string& fqn, const TensorStorageMetadata& tensor) {
+  if (tensor.size.size() > kMaxTensorRank) {
+    corrupt("tensor has too many dimensions", fqn, "at most " + std::to_string(kMaxTensorRank),
+            std::to_string(tensor.size.size()));
+  }
+  with_error_context({.key = fqn}, [&] {
+    checked_mul(volume(tensor.size), element_size(tensor.properties.dtype), "number of bytes of a tensor");
+  });
+  for (size_t i = 0; i < tensor.chunks.size(); ++i) {
+    if (!is_inside(tensor.chunks[i], tensor.size)) {
+      corrupt("chunk " + std::to_string(i) + " lies outside its tensor", fqn, "a box inside " + to_string(tensor.size),
+              to_string(tensor.chunks[i]));
+    }
+  }
+}
+
+void validate_storage(const MetadataIndex& index, const StorageInfo& storage) {
+  validate_relative_path(storage.relative_path, index.fqn);
+  // Files cannot be longer than off_t can say.
+  constexpr auto kMax = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+  if (storage.offset > kMax || storage.length > kMax - storage.offset) {
+    corrupt("byte range of " + to_string(index) + " overflows", index.fqn, "",
+            std::to_string(storage.offset) + " + " + std::to_string(storage.length));
+  }
+}
+
+}  // namespace
+
+std::string to_string(const MetadataIndex& index) {
+  return index.offset ? index.fqn + " " + to_string(*index.offset) : index.fqn;
+}
+
+std::string path_to_fqn(const ObjectPath& path) {
+  std::string fqn;
+  for (size_t i = 0; i < path.size(); ++i) {
+    if (i != 0) fqn += '.';
+    if (const auto* name = std::get_if<std::string>(&path[i])) {
+      fqn += *name;
+    } else {
+      fqn += std::to_string(std::get<int64_t>(path[i]));
+    }
+  }
+  return fqn;
+}
+
+void validate(const Metadata& metadata) {
+  const auto& storage_data = metadata.storage_data;
+  std::vector<bool> has_item(storage_data.size());
+  const auto find_storage = [&](const MetadataIndex& index, bool required) {
+    if (const auto position = storage_data.position(index)) {
+      has_item[*position] = true;
+    } else if (required) {
+      corrupt("nothing is stored for " + to_string(index), index.fqn);
+    }
+  };
+  for (const auto& [fqn, item] : metadata.state_dict_metadata) {
+    if (const auto* tensor = std::get_if<TensorStorageMetadata>(&item)) {
+      validate_tensor(fqn, *tensor);
+      for (const Box& chunk : tensor->chunks) find_storage({fqn, chunk.offsets, {}}, volume(chunk.sizes) != 0);
+    } else {
+      find_storage({fqn, {}, {}}, true);
+    }
+  }
+  for (size_t i = 0; const auto& [index, storage] : storage_data) {
+    if (!has_item[i++])
+      corrupt("bytes are stored for an item that is not in the catalogue: " + to_string(index), index.fqn);
+    validate_storage(index, storage);
+  }
+  if (metadata.sidecars && *metadata.sidecars < 0) {
+    throw Error(ErrorCode::kCorruptData, "negative number of sidecars",
+                {.wanted = "0 or more", .found = std::to_string(*metadata.sidecars)});
+  }
+}
+
+void validate_relative_path(const std::string& path, const std::string& fqn) {
+  const auto refuse = [&](const char* why) {
+    corrupt(std::string("path of a data file ") + why, fqn, "", "'" + path + "'");
+  };
+  if (path.empty()) refuse("is empty");
+  if (path.front() == '/') refuse("is absolute");
+  if (path.find('\0') != std::string::npos) refuse("holds a NUL byte");
+  if (path.find('\\') != std::string::npos) refuse("holds a backslash");
+  for (size_t begin = 0; begin <= path.size();) {
+    const size_t end = std::min(path.find('/', begin), path.size());
+    const auto component = std::string_view(path).substr(begin, end - begin);
+    if (component.empty()) refuse("has an empty component");
+    if (component == ".") refuse("has the component '.'");
+    if (component == "..") refuse("leaves the checkpoint's directory");
+    begin = end + 1;
+  }
+}
+
+}  // namespace reshard
