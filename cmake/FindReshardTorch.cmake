@@ -2,17 +2,20 @@
 # Finds LibTorch without enabling the CUDA language, and defines
 #   ReshardTorch::torch   headers, c10 and torch_cpu: enough for every CPU program
 #   ReshardTorch::cuda    in addition torch_cuda, the CUDA and NCCL headers (only where LibTorch has CUDA)
-# Searched in this order: RESHARD_TORCH_ROOT, each entry of CMAKE_PREFIX_PATH (a LibTorch distribution or a
-# site-packages/torch folder), the project's own .venv. Sets ReshardTorch_VERSION and ReshardTorch_CUDA_FOUND.
+# Searched in this order: RESHARD_TORCH_ROOT, each entry of CMAKE_PREFIX_PATH (variable, then environment; a LibTorch distribution or a
+# site-packages/torch folder, or the folder that holds one), the project's own .venv, and for an installed reshard the LibTorch that it was
+# built with. Sets ReshardTorch_ROOT_DIR, ReshardTorch_VERSION and ReshardTorch_CUDA_FOUND.
 #
 # The wheel's own package file asks for a CUDA compiler and links an older system NCCL; taking the libraries straight from
 # the folder needs neither.
 set(_roots ${RESHARD_TORCH_ROOT})
-foreach(prefix IN LISTS CMAKE_PREFIX_PATH)
+set(_prefixes "$ENV{CMAKE_PREFIX_PATH}")
+string(REPLACE ":" ";" _prefixes "${_prefixes}")
+foreach(prefix IN LISTS CMAKE_PREFIX_PATH _prefixes)
   list(APPEND _roots "${prefix}" "${prefix}/torch" "${prefix}/libtorch")
 endforeach()
 file(GLOB _venv "${PROJECT_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch")
-list(APPEND _roots ${_venv})
+list(APPEND _roots ${_venv} ${_reshard_built_with})
 
 set(ReshardTorch_ROOT_DIR "")
 foreach(root IN LISTS _roots)
@@ -22,13 +25,14 @@ foreach(root IN LISTS _roots)
   endif()
 endforeach()
 
+set(_lines "")
 if(ReshardTorch_ROOT_DIR AND EXISTS "${ReshardTorch_ROOT_DIR}/include/torch/headeronly/version.h")
   file(STRINGS "${ReshardTorch_ROOT_DIR}/include/torch/headeronly/version.h" _lines REGEX "define TORCH_VERSION_(MAJOR|MINOR|PATCH) ")
 elseif(ReshardTorch_ROOT_DIR)
   file(STRINGS "${ReshardTorch_ROOT_DIR}/include/torch/csrc/api/include/torch/version.h" _lines REGEX "define TORCH_VERSION_(MAJOR|MINOR|PATCH) ")
 endif()
-string(REGEX REPLACE "[^0-9;]" "" _numbers "${_lines}")
-string(REPLACE ";" "." ReshardTorch_VERSION "${_numbers}")
+list(TRANSFORM _lines REPLACE "^.*VERSION_(MAJOR|MINOR|PATCH) +([0-9]+).*$" "\\2")
+list(JOIN _lines "." ReshardTorch_VERSION)
 
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(ReshardTorch

@@ -7,7 +7,8 @@ function(reshard_target_defaults target)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual
                                            $<$<BOOL:${RESHARD_WARNINGS_AS_ERRORS}>:-Werror>)
   if(RESHARD_SANITIZE)
-    target_compile_options(${target} PRIVATE -fsanitize=${RESHARD_SANITIZE} -fno-omit-frame-pointer)
+    target_compile_options(${target} PRIVATE -fsanitize=${RESHARD_SANITIZE} -fno-omit-frame-pointer
+                                             -fno-sanitize-recover=all)
     target_link_options(${target} PUBLIC -fsanitize=${RESHARD_SANITIZE})
   endif()
 endfunction()
