@@ -84,7 +84,6 @@ class Value {
   bool is_global(std::string_view module, std::string_view name) const;
 
  private:
-  friend class Tree;
   friend struct Access;
   Kind kind_ = Kind::kNone;
   uint32_t size_ = 0;
@@ -109,13 +108,21 @@ struct Global {
 /// callable(*args, **kwargs), then what was put into it.
 struct Object {
   enum class Made : uint8_t { kReduce, kNewObj, kNewObjEx };
+  /// Parts that few objects have.
+  struct Extras {
+    Value kwargs;      // kDict, kNewObjEx only
+    Value list_items;  // kList: what APPEND and APPENDS added, or None
+    Value dict_items;  // kDict: what SETITEM and SETITEMS added, or None
+  };
   Made made = Made::kReduce;
-  Value callable;              // kGlobal wherever torch wrote the stream
-  Value args;                  // kTuple
-  Value kwargs;                // kDict, kNewObjEx only
-  std::optional<Value> state;  // argument of BUILD
-  Value list_items;            // kList (APPEND, APPENDS) or None
-  Value dict_items;            // kDict (SETITEM, SETITEMS) or None
+  bool has_state = false;
+  Value callable;  // kGlobal wherever torch wrote the stream
+  Value args;      // kTuple
+  Value state;     // argument of BUILD, None without one
+  const Extras* extras = nullptr;
+
+  std::span<const Value> list_items() const;
+  std::span<const Entry> dict_items() const;
 };
 
 /// Owns values: those that parse() made, and those that are made here for write(). Movable; values stay valid.
@@ -145,11 +152,12 @@ class Tree {
   Value dict(std::span<const Entry> entries);
   Value dict(std::initializer_list<Entry> entries) { return dict(std::span(entries.begin(), entries.size())); }
   Value global(std::string_view module, std::string_view name);
+  /// `parts.extras` is copied too.
   Value object(const Object& parts);
   Value persistent(const Value& id);
 
  private:
-  friend class Machine;
+  friend struct Access;
   struct Arena;
   std::unique_ptr<Arena> arena_;
   Value root_;
