@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// ShardedTensor: one rank's view of a tensor that is spread over ranks. It says where this rank's shards lie in the whole;
-// it owns no communication and knows nothing of the other ranks.
+// ShardedTensor: one rank's view of a tensor that is spread over ranks. It says where this rank's shards lie in the
+// whole; it owns no communication and knows nothing of the other ranks.
 
 #include <ATen/core/Tensor.h>
 
@@ -16,8 +16,9 @@ DType to_dtype(at::ScalarType type);
 at::ScalarType to_scalar_type(DType dtype);
 Dims to_dims(at::IntArrayRef values);
 
-/// A box of the whole tensor and the memory that holds it. tensor.sizes() == box.sizes; any strides; shared with its owner, so
-/// loading writes in place. Shards of one tensor on all ranks together must tile it exactly once saved (replicas are allowed).
+/// A box of the whole tensor and the memory that holds it. tensor.sizes() == box.sizes; any strides; shared with its
+/// owner, so loading writes in place. Shards of one tensor on all ranks together must tile it exactly once saved
+/// (replicas are allowed).
 struct LocalShard {
   Box box;
   at::Tensor tensor;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// StateDict: the nested dictionary that a program saves and loads; the one place where models, optimizers and checkpoints
-// meet. What Python keeps in a state_dict has a place here, and keeps its order.
+// StateDict: the nested dictionary that a program saves and loads; the one place where models, optimizers and
+// checkpoints meet. What Python keeps in a state_dict has a place here, and keeps its order.
 
 #include <ATen/core/Tensor.h>
 
@@ -31,7 +31,8 @@ struct ByteString {
   std::string data;
   friend bool operator==(const ByteString&, const ByteString&) = default;
 };
-/// A value that this library does not interpret: the torch.save archive that holds it, kept byte for byte and written back unchanged.
+/// A value that this library does not interpret: the torch.save archive that holds it, kept byte for byte and written
+/// back unchanged.
 struct OpaqueValue {
   std::shared_ptr<const Bytes> archive;
 };
@@ -70,8 +71,8 @@ class StateDict {
 /// One value of a state dict. Converts from what it holds, and back with as<T>().
 class StateValue {
  public:
-  using Variant = std::variant<None, bool, int64_t, double, std::string, ByteString, at::Tensor, ShardedTensor, StateList, StateTuple,
-                               StateDict, OpaqueValue>;
+  using Variant = std::variant<None, bool, int64_t, double, std::string, ByteString, at::Tensor, ShardedTensor,
+                               StateList, StateTuple, StateDict, OpaqueValue>;
 
   StateValue() = default;
   StateValue(None) {}

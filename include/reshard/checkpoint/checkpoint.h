@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+// save and load: a StateDict on N ranks to a DCP checkpoint, and back on M.
+//
+//   reshard::StateDict state{{"model", model.state_dict(reshard::StateDictType::kSharded)}, {"step", 100}};
+//   reshard::save(state, reshard::FileSystemWriter(dir));
+//   ...
+//   reshard::load(state, reshard::FileSystemReader(dir));      // tensors in place, other values replaced
+//
+// Both are collective over a process group and block. Tensors travel between memory and storage only; the ranks
+// exchange plans and votes over the group's store. An error of any rank is one CheckpointError on every rank
+// (core/error.h).
+
+#include <chrono>
+#include <memory>
+#include <optional>
+
+#include "reshard/distributed/process_group.h"
+#include "reshard/planner/default_planner.h"
+#include "reshard/protocol/protocol.h"
+#include "reshard/state_dict/state_dict.h"
+#include "reshard/storage/filesystem.h"
+
+namespace reshard {
+
+struct SaveOptions {
+  /// Ranks that take part; rank 0 of the group coordinates. Null: the default group, or this process alone where there
+  /// is none.
+  std::shared_ptr<ProcessGroup> process_group;
+  /// Null: DefaultSavePlanner.
+  SavePlanner* planner = nullptr;
+  /// A rank that shows no progress for so long is an error on all others. Default: the group's timeout.
+  std::optional<std::chrono::milliseconds> silence_timeout;
+  /// Called on this rank while bytes are written, from any thread.
+  ProgressFn progress;
+};
+
+struct LoadOptions {
+  std::shared_ptr<ProcessGroup> process_group;  // as above
+  /// Null: DefaultLoadPlanner with the two flags below, which a planner of the caller's own decides itself.
+  LoadPlanner* planner = nullptr;
+  bool allow_partial_load = false;
+  bool allow_cast = false;
+  std::optional<std::chrono::milliseconds> silence_timeout;
+  ProgressFn progress;
+};
+
+/// Saves `state`, whose sharded tensors on all ranks together make whole tensors. A plain tensor or value under the
+/// same key on several ranks is a replica and is written once; ranks may hold different keys. When it returns, the
+/// checkpoint is committed and durable, on every rank. Tensors are read from where they lie (device tensors and lazily
+/// conjugated or negated ones through a copy); do not change them meanwhile.
+SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions& options = {});
+SaveResult save(const StateDict& state, StorageWriter&& writer, const SaveOptions& options = {});
+
+/// Loads the keys of `state` from a checkpoint saved by any number of ranks in any layout. Tensors and shards are
+/// filled in place; every other value is replaced by the stored one. Keys that only the checkpoint has are left alone
+/// (LoadReport::unexpected). When planning fails on any rank (missing key, shape, dtype), nothing was touched on any.
+LoadReport load(StateDict& state, StorageReader& reader, const LoadOptions& options = {});
+LoadReport load(StateDict& state, StorageReader&& reader, const LoadOptions& options = {});
+
+}  // namespace reshard

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/checkpoint/checkpoint.h"
+
+#include "checkpoint/load_state.h"
+#include "checkpoint/save_state.h"
+#include "reshard/distributed/store_transport.h"
+#include "reshard/protocol/thread_transport.h"
+
+namespace reshard {
+namespace {
+
+/// Messages over the group's store, or none where this process is alone.
+std::unique_ptr<Transport> make_transport(std::shared_ptr<ProcessGroup> group,
+                                          std::optional<std::chrono::milliseconds> silence) {
+  if (!group) group = try_default_process_group();
+  if (!group || (group->is_member() && group->size() == 1)) return solo_transport();
+  return std::make_unique<StoreTransport>(*group, silence.value_or(group->timeout()));
+}
+
+}  // namespace
+
+SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions& options) {
+  const auto transport = make_transport(options.process_group, options.silence_timeout);
+  DefaultSavePlanner default_planner;
+  const StateDictSaveState source(state);
+  return run_save(*transport, source, options.planner ? *options.planner : default_planner, writer, options.progress);
+}
+
+SaveResult save(const StateDict& state, StorageWriter&& writer, const SaveOptions& options) {
+  return save(state, writer, options);
+}
+
+LoadReport load(StateDict& state, StorageReader& reader, const LoadOptions& options) {
+  const auto transport = make_transport(options.process_group, options.silence_timeout);
+  DefaultLoadPlanner default_planner(
+      {.allow_partial_load = options.allow_partial_load, .allow_cast = options.allow_cast});
+  StateDictLoadState target(state);
+  return run_load(*transport, target, options.planner ? *options.planner : default_planner, reader, options.progress);
+}
+
+LoadReport load(StateDict& state, StorageReader&& reader, const LoadOptions& options) {
+  return load(state, reader, options);
+}
+
+}  // namespace reshard
