@@ -122,7 +122,7 @@ FileSystem& local_file_system();
 
 /// The Error for a failed system call: "cannot <operation>: No space left on device". For implementations and their
 /// test doubles.
-Error system_error(int error_number, std::string_view operation, const std::string& path);
+Error os_error(int error_number, std::string_view operation, const std::string& path);
 
 /// directory + "/" + relative_path, which must stay below it (as validate_relative_path; kCorruptData). An empty
 /// directory is the working directory.
