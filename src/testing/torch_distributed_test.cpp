@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/testing/torch_distributed_test.h"
+
+#include <c10/util/signal_handler.h>
+
+#include <exception>
+
+#include "reshard/launch/environment.h"
+
+namespace reshard {
+
+std::shared_ptr<ProcessGroup> TorchDistributedTest::process_group() {
+  if (auto joined = try_default_process_group()) return joined;
+  return init_process_group({.backend = backend(), .timeout = options().deadline});
+}
+
+void TorchDistributedTest::set_up_rank() {
+  testing_detail::remove_stack_printer();  // this one prints every thread
+  c10::FatalSignalHandler::getInstance().setPrintStackTracesOnFatalSignal(true);
+}
+
+void TorchDistributedTest::tear_down_rank() {
+  const auto group = try_default_process_group();
+  if (!group) return;
+  const auto env = read_rank_environment();
+  const bool hosted_by_launcher = env && env->agent_store;
+  try {
+    if (hosted_by_launcher) {
+      // Other cases may follow in these processes: nobody takes the group apart while another still talks in it.
+      if (!HasFailure()) group->barrier();
+    } else if (rank() != 0) {
+      group->store()->set("testing/left/" + std::to_string(rank()), std::vector<uint8_t>{1});
+    } else {
+      // Rank 0 serves the store, so it leaves last. Having failed it does not wait for peers that may wait for it.
+      std::vector<std::string> keys;
+      for (int r = 1; r < world_size(); ++r) {
+        if (!options().expected.contains(r)) keys.push_back("testing/left/" + std::to_string(r));
+      }
+      group->store()->wait(keys, HasFailure() ? std::chrono::milliseconds(500) : options().deadline);
+    }
+  } catch (const std::exception&) {  // a peer that did not come this far tells its own story
+  }
+  if (!HasFailure()) destroy_process_group();
+}
+
+}  // namespace reshard
