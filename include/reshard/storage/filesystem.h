@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// Checkpoints in a directory, in PyTorch's DCP layout: data files `__<rank>_<n>.distcp`, one torch.save archive an item, and `.metadata`, which
-// exists once the checkpoint is committed. docs/format.md has the bytes, docs/durability.md the promise.
+// Checkpoints in a directory, in PyTorch's DCP layout: data files `__<rank>_<n>.distcp`, one torch.save archive an
+// item, and `.metadata`, which exists once the checkpoint is committed. docs/format.md has the bytes,
+// docs/durability.md the promise.
 
 #include <cstdint>
 #include <memory>
@@ -23,23 +24,35 @@ struct FileSystemWriterOptions {
   bool sync_files = true;
   /// Allow a directory that holds a checkpoint; it stays whole until the new one commits. False: kAlreadyExists.
   bool overwrite = true;
-  /// Payloads start at multiples of this many bytes in the item; items start at multiples of it in the file. 64 or 4096.
+  /// Payloads start at multiples of this many bytes in the item; items start at multiples of it in the file. 64 or
+  /// 4096.
   uint32_t storage_alignment = 64;
 };
+
+/// The catalogue's name in the directory.
+inline constexpr const char* kMetadataFileName = ".metadata";
+/// Largest catalogue that is read: 4 GiB.
+inline constexpr uint64_t kMaxMetadataBytes = uint64_t{4} << 30;
 
 class FileSystemWriter final : public StorageWriter {
  public:
   /// `file_system` is borrowed; the directory is made if missing.
-  explicit FileSystemWriter(std::string directory, FileSystemWriterOptions options = {}, FileSystem& file_system = local_file_system());
+  explicit FileSystemWriter(std::string directory, FileSystemWriterOptions options = {},
+                            FileSystem& file_system = local_file_system());
   ~FileSystemWriter() override;
   std::string checkpoint_id() const override { return directory_; }
   void begin_save(const std::string& save_id) override;
   std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override;
-  std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner, const StorageContext& context) override;
+  std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,
+                                      const StorageContext& context) override;
   void finish(const Metadata& metadata, const StorageContext& context, Committed& committed) override;
   void abandon() noexcept override;
 
  private:
+  bool holds_metadata(ByteSpan bytes) const noexcept;
+  void remove_replaced(const Metadata& metadata, const std::string& save_id) noexcept;
+  void remove_quietly(const std::string& name) noexcept;
+
   std::string directory_;
   FileSystemWriterOptions options_;
   FileSystem& file_system_;
@@ -58,7 +71,7 @@ struct FileSystemReaderOptions {
 /// What a load moved. Exact, so that tests can gate on it.
 struct ReadCounters {
   uint64_t bytes_needed = 0;   // elements wanted by the plan, in bytes
-  uint64_t bytes_payload = 0;  // bytes of tensor payload read
+  uint64_t bytes_payload = 0;  // bytes of tensor payload read for them
   uint64_t bytes_read = 0;     // all bytes read from data files, headers included
   uint64_t reads = 0;          // read calls
   uint64_t bytes_staged = 0;   // payload bytes that were not read straight into their destination
@@ -66,7 +79,8 @@ struct ReadCounters {
 
 class FileSystemReader final : public StorageReader {
  public:
-  explicit FileSystemReader(std::string directory, FileSystemReaderOptions options = {}, FileSystem& file_system = local_file_system());
+  explicit FileSystemReader(std::string directory, FileSystemReaderOptions options = {},
+                            FileSystem& file_system = local_file_system());
   ~FileSystemReader() override;
   Metadata read_metadata() override;
   void set_up_storage_reader(const Metadata& metadata) override;
@@ -80,8 +94,5 @@ class FileSystemReader final : public StorageReader {
   const Metadata* metadata_ = nullptr;
   ReadCounters counters_;
 };
-
-/// Largest `.metadata` that is read: 4 GiB.
-inline constexpr uint64_t kMaxMetadataBytes = uint64_t{4} << 30;
 
 }  // namespace reshard

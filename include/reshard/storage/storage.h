@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// Where checkpoints are kept. Names follow torch.distributed.checkpoint.storage. An implementation is used by one save or load at a time.
+// Where checkpoints are kept. Names follow torch.distributed.checkpoint.storage. An implementation is used by one save
+// or load at a time.
 //
 // Save, in call order:
-//   1. coordinator    begin_save(save_id): looks at what is there; decides names that the committed checkpoint does not use
+//   1. coordinator    begin_save(save_id): looks at what is there; decides names that the committed checkpoint does not
+//   use
 //   2. coordinator    prepare_global_plan(plans): fills SavePlan::storage: the place of every item
 //   3. all ranks      write_data(plan, planner, context): when it returns, this rank's data is durable
 //   4. coordinator    finish(metadata, context): commits: atomically and durably
@@ -49,9 +51,11 @@ class StorageWriter {
   /// Fills `storage` of every plan. Offsets and lengths must be exact: the commit trusts them.
   virtual std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) = 0;
   /// Writes plan.items to plan.storage. Receipts come in the order of the items.
-  virtual std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner, const StorageContext& context) = 0;
-  /// Makes the save the one that readers find. `committed` tells how far it came, also when it throws: kNo until the point of no return, kUnknown
-  /// while that is not known to be durable, kYes after it. Clean-up of the older checkpoint's files comes last and only warns.
+  virtual std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,
+                                              const StorageContext& context) = 0;
+  /// Makes the save the one that readers find. `committed` tells how far it came, also when it throws: kNo until the
+  /// point of no return, kUnknown while that is not known to be durable, kYes after it. Clean-up of the older
+  /// checkpoint's files comes last and only warns.
   virtual void finish(const Metadata& metadata, const StorageContext& context, Committed& committed) = 0;
   /// Removes what this rank wrote since write_data began. Does not throw.
   virtual void abandon() noexcept = 0;

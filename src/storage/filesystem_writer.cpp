@@ -1,0 +1,489 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How a save reaches the disk, and why a reader finds the old checkpoint or the new one, never a mixture:
+//
+//   1. begin_save      looks at the directory and chooses file numbers that nothing there uses
+//   2. write_data      each rank makes its data files (never opening an existing one), syncs them, writes and syncs its
+//                      sidecar, and syncs the directory: all of it invisible to readers of the old catalogue
+//   3. (the protocol collects every rank's receipts)
+//   4. finish          writes the catalogue beside the old one, syncs it, renames it over, syncs the directory
+//   5.                 removes what only the old catalogue named
+//
+// A crash before the rename of step 4 leaves the old checkpoint and unreferenced files; after it, the new checkpoint
+// and perhaps files of the old one that nobody reads.
+#include <algorithm>
+#include <atomic>
+#include <charconv>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+
+#include "reshard/core/checked.h"
+#include "reshard/core/hooks.h"
+#include "reshard/format/crc32.h"
+#include "reshard/format/dcp_metadata.h"
+#include "reshard/format/sidecar.h"
+#include "reshard/format/strided_copy.h"
+#include "reshard/format/torch_archive.h"
+#include "reshard/storage/filesystem.h"
+
+namespace reshard {
+namespace {
+
+constexpr uint64_t kWriteBytes = 4 << 20;  // small items are gathered into writes of at least this many bytes
+constexpr uint64_t kCrcBytes = 1 << 20;    // summed and written while still in the cache
+constexpr std::string_view kDataPrefix = "__";
+constexpr std::string_view kDataSuffix = ".distcp";
+
+std::string data_file_name(size_t rank, int64_t number) {
+  return std::string(kDataPrefix) + std::to_string(rank) + "_" + std::to_string(number) + std::string(kDataSuffix);
+}
+
+/// n of a name `__<rank>_<n>.distcp`; nothing for other names.
+std::optional<int64_t> data_file_number(std::string_view name) {
+  if (!name.starts_with(kDataPrefix) || !name.ends_with(kDataSuffix)) return std::nullopt;
+  name.remove_prefix(kDataPrefix.size());
+  name.remove_suffix(std::min(name.size(), kDataSuffix.size()));
+  const size_t separator = name.find('_');
+  if (separator == std::string_view::npos) return std::nullopt;
+  const auto digits = [](std::string_view text) -> std::optional<int64_t> {
+    constexpr size_t kMaxDigits = 15;
+    int64_t value = 0;
+    if (text.empty() || text.size() > kMaxDigits || text.front() == '-') return std::nullopt;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    return error == std::errc{} && end == text.data() + text.size() ? std::optional(value) : std::nullopt;
+  };
+  if (!digits(name.substr(0, separator))) return std::nullopt;
+  return digits(name.substr(separator + 1));
+}
+
+/// True for the temporary files that a killed commit of ours or of PyTorch leaves behind.
+bool is_temporary_metadata(std::string_view name) {
+  return name == ".metadata.tmp" || name.starts_with(std::string(kMetadataFileName) + std::string(kTemporaryInfix));
+}
+
+uint64_t tensor_bytes(const WriteItem& item) {
+  return static_cast<uint64_t>(volume(item.chunk.sizes)) * static_cast<uint64_t>(element_size(item.properties.dtype));
+}
+
+// --- planning
+// ----------------------------------------------------------------------------------------------------------
+
+using Bucket = std::vector<size_t>;  // indices of items, in file order
+
+/// Values first, then tensors, as PyTorch does; one bucket a file.
+std::vector<Bucket> fill_buckets(const std::vector<WriteItem>& items, const FileSystemWriterOptions& options) {
+  Bucket order;
+  order.reserve(items.size());
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (items[i].type == WriteItemType::kByteIo) order.push_back(i);
+  }
+  const size_t values = order.size();
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (items[i].type != WriteItemType::kByteIo) order.push_back(i);
+  }
+  std::vector<Bucket> buckets;
+  if (!options.single_file_per_rank) {
+    for (const size_t i : order) buckets.push_back({i});
+  } else if (options.thread_count == 1) {
+    buckets.push_back(std::move(order));
+  } else {
+    buckets.resize(static_cast<size_t>(options.thread_count));
+    std::vector<uint64_t> load(buckets.size(), 0);
+    for (size_t i = 0; i < values; ++i) {
+      buckets[i % buckets.size()].push_back(order[i]);
+      load[i % buckets.size()] += items[order[i]].length;
+    }
+    // The largest tensor first, each into the lightest bucket.
+    std::stable_sort(order.begin() + static_cast<ptrdiff_t>(values), order.end(),
+                     [&](size_t a, size_t b) { return tensor_bytes(items[a]) > tensor_bytes(items[b]); });
+    for (size_t i = values; i < order.size(); ++i) {
+      const auto lightest = static_cast<size_t>(std::min_element(load.begin(), load.end()) - load.begin());
+      buckets[lightest].push_back(order[i]);
+      load[lightest] += tensor_bytes(items[order[i]]);
+    }
+  }
+  return buckets;
+}
+
+TensorArchive archive_of(const WriteItem& item, uint32_t alignment) {
+  return TensorArchive(item.properties.dtype, item.chunk.sizes, {.alignment = alignment});
+}
+
+void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const FileSystemWriterOptions& options) {
+  plan.storage.assign(plan.items.size(), {});
+  int64_t number = first_file_number;
+  for (const Bucket& bucket : fill_buckets(plan.items, options)) {
+    const std::string name = data_file_name(rank, number++);
+    uint64_t end = 0;
+    for (const size_t i : bucket) {
+      const WriteItem& item = plan.items[i];
+      const uint64_t gap = (options.storage_alignment - end % options.storage_alignment) % options.storage_alignment;
+      StorageInfo& place = plan.storage[i];
+      place.relative_path = name;
+      place.offset = checked_add(end, gap, "size of a data file");
+      place.length =
+          item.type == WriteItemType::kByteIo ? item.length : archive_of(item, options.storage_alignment).length();
+      end = checked_add(place.offset, place.length, "size of a data file");
+    }
+  }
+}
+
+// --- writing
+// -----------------------------------------------------------------------------------------------------------
+
+/// Collects consecutive parts of one file and writes them in calls of several MiB. Parts are borrowed: their memory
+/// must live until the next flush, which `keep` sees to.
+class GatheringWriter {
+ public:
+  GatheringWriter(WritableFile& file, std::function<void(uint64_t)> on_written)
+      : file_(file), on_written_(std::move(on_written)) {}
+
+  uint64_t position() const { return begin_ + pending_; }
+
+  void add(ByteSpan part) {
+    if (part.empty()) return;
+    if (!parts_.empty() && parts_.back().data() + parts_.back().size() == part.data()) {
+      parts_.back() = {parts_.back().data(), parts_.back().size() + part.size()};
+    } else {
+      parts_.push_back(part);
+    }
+    pending_ += part.size();
+    if (pending_ >= kWriteBytes) flush();
+  }
+  /// Adds bytes that the writer owns from here on.
+  void add(Bytes bytes) {
+    owned_.push_back(std::move(bytes));
+    add(ByteSpan(owned_.back()));
+  }
+  void pad_to(uint64_t offset) {
+    if (offset > position()) add(Bytes(offset - position()));
+  }
+  /// Keeps memory alive until what was added so far, and is added before the next keep, is written.
+  void keep(std::shared_ptr<const void> owner) {
+    if (owner) kept_.push_back(std::move(owner));
+  }
+  void flush() {
+    if (pending_ == 0) return;
+    file_.write_gather(begin_, parts_);
+    const uint64_t written = std::exchange(pending_, 0);
+    begin_ += written;
+    parts_.clear();
+    owned_.clear();
+    // The last one may be of an item whose other parts are still to come.
+    if (kept_.size() > 1) kept_.erase(kept_.begin(), kept_.end() - 1);
+    on_written_(written);
+  }
+
+ private:
+  WritableFile& file_;
+  std::function<void(uint64_t)> on_written_;
+  uint64_t begin_ = 0;    // where the pending parts go
+  uint64_t pending_ = 0;  // their bytes
+  std::vector<ByteSpan> parts_;
+  std::vector<Bytes> owned_;
+  std::vector<std::shared_ptr<const void>> kept_;
+};
+
+/// Adds the bytes and returns the CRC-32 of them and what came before.
+uint32_t add_summed(GatheringWriter& out, ByteSpan bytes, uint32_t crc) {
+  while (!bytes.empty()) {
+    const ByteSpan block = bytes.first(std::min<size_t>(bytes.size(), kCrcBytes));
+    crc = crc32(block, crc);
+    out.add(block);
+    bytes = bytes.subspan(block.size());
+  }
+  return crc;
+}
+
+/// The same for the elements of a view that is not contiguous, made dense block by block.
+uint32_t add_strided(GatheringWriter& out, const TensorView& view) {
+  const int64_t size = element_size(view.dtype);
+  const int64_t total = volume(view.sizes);
+  const int64_t block = static_cast<int64_t>(kWriteBytes) / size;
+  uint32_t crc = 0;
+  for (int64_t begin = 0; begin < total; begin += block) {
+    const int64_t end = std::min(begin + block, total);
+    Bytes dense(static_cast<size_t>((end - begin) * size));
+    std::byte* to = dense.data();
+    for (const Box& box : flat_range_to_boxes(view.sizes, begin, end)) {
+      int64_t first = 0;
+      for (size_t d = 0; d < box.offsets.size(); ++d) first += box.offsets[d] * view.strides[d];
+      copy_strided(view.data + first * size, view.strides, to, contiguous_strides(box.sizes), box.sizes, size);
+      to += volume(box.sizes) * size;
+    }
+    crc = crc32(dense, crc);
+    out.add(std::move(dense));
+  }
+  return crc;
+}
+
+struct Written {
+  uint32_t crc32 = 0;
+  uint64_t payload_offset = 0;
+};
+
+[[noreturn]] void disagree(const char* what, const std::string& wanted, const std::string& found) {
+  throw Error(ErrorCode::kInternal, std::string(what) + " is not as planned", {.wanted = wanted, .found = found});
+}
+
+Written write_item(GatheringWriter& out, const WriteItem& item, const StorageInfo& place, const SavePlanner& planner,
+                   uint32_t alignment) {
+  out.pad_to(place.offset);
+  if (out.position() != place.offset) {
+    disagree("place of an item", std::to_string(place.offset), std::to_string(out.position()));
+  }
+  if (item.type == WriteItemType::kByteIo) {
+    const ByteSpan value = planner.resolve_bytes(item);
+    if (value.size() != place.length) {
+      disagree("length of a value", std::to_string(place.length), std::to_string(value.size()));
+    }
+    return {add_summed(out, value, 0), 0};
+  }
+  const TensorView view = planner.resolve_tensor(item);
+  const TensorArchive archive = archive_of(item, alignment);
+  if (view.dtype != item.properties.dtype) {
+    disagree("dtype of a tensor", std::string(to_string(item.properties.dtype)), std::string(to_string(view.dtype)));
+  }
+  if (view.sizes != item.chunk.sizes) {
+    disagree("shape of a tensor", to_string(item.chunk.sizes), to_string(view.sizes));
+  }
+  if (archive.length() != place.length) {
+    disagree("length of an item", std::to_string(place.length), std::to_string(archive.length()));
+  }
+  out.keep(view.owner);
+  out.add(archive.head());
+  const uint32_t crc = is_contiguous(view.sizes, view.strides)
+                           ? add_summed(out, {view.data, static_cast<size_t>(archive.payload_size())}, 0)
+                           : add_strided(out, view);
+  out.add(archive.tail(crc));
+  return {crc, archive.payload_offset()};
+}
+
+/// The items of one data file, by offset.
+struct FileJob {
+  std::string name;
+  Bucket items;
+};
+
+std::vector<FileJob> jobs_of(const SavePlan& plan) {
+  std::vector<FileJob> jobs;
+  std::unordered_map<std::string_view, size_t> index;
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    const auto [it, inserted] = index.try_emplace(plan.storage[i].relative_path, jobs.size());
+    if (inserted) jobs.push_back({plan.storage[i].relative_path, {}});
+    jobs[it->second].items.push_back(i);
+  }
+  for (FileJob& job : jobs) {
+    std::stable_sort(job.items.begin(), job.items.end(),
+                     [&](size_t a, size_t b) { return plan.storage[a].offset < plan.storage[b].offset; });
+  }
+  return jobs;
+}
+
+/// Runs body(0) ... body(count - 1) on up to `threads` threads, the caller's among them. When one throws, `failed` is
+/// set, no further one starts, and the first exception leaves once all threads have ended.
+void run_parallel(size_t count, size_t threads, std::atomic<bool>& failed, const std::function<void(size_t)>& body) {
+  std::atomic<size_t> next = 0;
+  std::exception_ptr first;
+  std::mutex mutex;
+  const auto work = [&] {
+    for (size_t i = next++; i < count && !failed; i = next++) {
+      try {
+        body(i);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        if (!first) first = std::current_exception();
+        failed = true;
+      }
+    }
+  };
+  {
+    std::vector<std::jthread> helpers;
+    try {
+      for (size_t t = 1; t < std::min(threads, count); ++t) helpers.emplace_back(work);
+    } catch (...) {
+      failed = true;
+      throw;
+    }
+    work();
+  }
+  if (first) std::rethrow_exception(first);
+}
+
+}  // namespace
+
+FileSystemWriter::FileSystemWriter(std::string directory, FileSystemWriterOptions options, FileSystem& file_system)
+    : directory_(std::move(directory)), options_(options), file_system_(file_system) {
+  if (options_.thread_count < 1) {
+    throw Error(ErrorCode::kInvalidArgument, "thread_count of a FileSystemWriter",
+                {.wanted = "1 or more", .found = std::to_string(options_.thread_count)});
+  }
+  if (options_.storage_alignment == 0 || (options_.storage_alignment & (options_.storage_alignment - 1)) != 0) {
+    throw Error(ErrorCode::kInvalidArgument, "storage_alignment of a FileSystemWriter",
+                {.wanted = "a power of two", .found = std::to_string(options_.storage_alignment)});
+  }
+}
+
+FileSystemWriter::~FileSystemWriter() = default;
+
+void FileSystemWriter::begin_save(const std::string&) {
+  written_.clear();
+  replaced_.clear();
+  first_file_number_ = 0;
+  file_system_.create_directories(directory_);
+  bool has_metadata = false;
+  for (const std::string& name : file_system_.list(directory_)) {
+    if (name == kMetadataFileName) has_metadata = true;
+    if (const auto number = data_file_number(name)) first_file_number_ = std::max(first_file_number_, *number + 1);
+  }
+  if (!has_metadata) return;
+  const std::string path = join_path(directory_, kMetadataFileName);
+  if (!options_.overwrite) {
+    throw Error(ErrorCode::kAlreadyExists, "the directory holds a checkpoint and overwriting is off", {.file = path});
+  }
+  try {
+    const Metadata old = decode_metadata(file_system_.read_file(path, kMaxMetadataBytes));
+    for (const auto& [index, place] : old.storage_data) {
+      if (data_file_number(place.relative_path)) replaced_.insert(place.relative_path);
+    }
+  } catch (const Error& error) {
+    replaced_.clear();
+    log(LogLevel::kWarning,
+        std::string("the checkpoint that this save replaces cannot be read; its files are kept: ") + error.what());
+  }
+}
+
+std::vector<SavePlan> FileSystemWriter::prepare_global_plan(std::vector<SavePlan> plans) {
+  for (size_t rank = 0; rank < plans.size(); ++rank) {
+    with_error_context({.rank = static_cast<int>(rank)},
+                       [&] { place_items(plans[rank], rank, first_file_number_, options_); });
+  }
+  return plans;
+}
+
+std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, const SavePlanner& planner,
+                                                      const StorageContext& context) {
+  if (plan.storage.size() != plan.items.size()) {
+    disagree("number of places", std::to_string(plan.items.size()), std::to_string(plan.storage.size()));
+  }
+  written_.clear();
+  uint64_t total = 0;
+  for (const StorageInfo& place : plan.storage) total += place.length;
+
+  std::vector<WriteResult> results(plan.items.size());
+  std::vector<uint64_t> payload_offsets(plan.items.size());
+  const std::vector<FileJob> jobs = jobs_of(plan);
+  Sidecar sidecar{.library_version = {},
+                  .save_id = context.save_id,
+                  .rank = context.rank,
+                  .world_size = context.world_size,
+                  .files = std::vector<SidecarFile>(jobs.size()),
+                  .items = std::vector<SidecarItem>(plan.items.size())};
+  std::atomic<uint64_t> done = 0;
+  std::atomic<bool> failed = false;
+  std::mutex mutex;  // of written_
+  const auto on_written = [&](uint64_t bytes) {
+    done += bytes;
+    if (context.progress) context.progress({"write", std::min(done.load(), total), total});
+    // The first error is the one that counts; this one only ends the thread.
+    if (failed) throw Error(ErrorCode::kFailedPrecondition, "another thread of this save failed");
+  };
+  const auto create = [&](const std::string& name) {
+    auto file = file_system_.create(join_path(directory_, name), CreateMode::kExclusive);
+    const std::lock_guard lock(mutex);
+    written_.push_back(name);
+    return file;
+  };
+  const auto write_file = [&](size_t number) {
+    const FileJob& job = jobs[number];
+    const auto file = create(job.name);
+    GatheringWriter out(*file, on_written);
+    for (const size_t i : job.items) {
+      const WriteItem& item = plan.items[i];
+      const StorageInfo& place = plan.storage[i];
+      const Written written = with_error_context({.key = item.index.fqn, .file = job.name}, [&] {
+        return write_item(out, item, place, planner, options_.storage_alignment);
+      });
+      results[i] = {item.index, place, written.crc32};
+      sidecar.items[i] = {static_cast<uint32_t>(number), place.offset, place.length, written.payload_offset,
+                          written.crc32};
+    }
+    out.flush();
+    sidecar.files[number] = {job.name, out.position()};
+    test_point("save.before_data_sync");
+    if (options_.sync_files) file->sync();
+    file->close();
+  };
+
+  with_error_context({.rank = context.rank}, [&] {
+    run_parallel(jobs.size(), static_cast<size_t>(options_.thread_count), failed, write_file);
+    test_point("save.before_sidecar");
+    const auto file = create(sidecar_name(context.save_id, context.rank));
+    file->write(0, encode_sidecar(sidecar));
+    if (options_.sync_files) file->sync();
+    file->close();
+    test_point("save.before_directory_sync");
+    if (options_.sync_files) file_system_.sync_directory(directory_);
+  });
+  return results;
+}
+
+void FileSystemWriter::finish(const Metadata& metadata, const StorageContext& context, Committed& committed) {
+  committed = Committed::kNo;
+  const Bytes bytes = encode_metadata(metadata);
+  try {
+    replace_file_atomically(file_system_, directory_, kMetadataFileName, bytes, options_.sync_files, &committed);
+  } catch (...) {
+    // A rename that failed usually did nothing, and then the old checkpoint is whole: look.
+    if (committed == Committed::kUnknown && !holds_metadata(bytes)) committed = Committed::kNo;
+    if (committed != Committed::kNo) written_.clear();
+    throw;
+  }
+  written_.clear();
+  remove_replaced(metadata, context.save_id);
+}
+
+bool FileSystemWriter::holds_metadata(ByteSpan bytes) const noexcept {
+  try {
+    const std::string path = join_path(directory_, kMetadataFileName);
+    const auto status = file_system_.status(path);
+    if (!status) return false;
+    return status->size == bytes.size() && std::ranges::equal(file_system_.read_file(path, bytes.size()), bytes);
+  } catch (...) {
+    return true;  // cannot tell
+  }
+}
+
+void FileSystemWriter::remove_replaced(const Metadata& metadata, const std::string& save_id) noexcept {
+  try {
+    test_point("save.before_cleanup");
+    std::unordered_set<std::string_view> used;
+    for (const auto& [index, place] : metadata.storage_data) used.insert(place.relative_path);
+    const std::string own_sidecars = sidecar_name(save_id, 0).substr(0, sidecar_name(save_id, 0).size() - 1);
+    for (const std::string& name : file_system_.list(directory_)) {
+      const bool orphan = is_temporary_metadata(name) || (is_sidecar_name(name) && !name.starts_with(own_sidecars));
+      if (orphan || (replaced_.contains(name) && !used.contains(name))) remove_quietly(name);
+      test_point("save.during_cleanup");
+    }
+  } catch (...) {
+    log(LogLevel::kWarning, "saved, but files of the replaced checkpoint are left: " + current_failure().message);
+  }
+  replaced_.clear();
+}
+
+void FileSystemWriter::remove_quietly(const std::string& name) noexcept {
+  try {
+    file_system_.remove(join_path(directory_, name));
+  } catch (...) {
+    log(LogLevel::kWarning, "a file that no checkpoint uses is left: " + current_failure().message);
+  }
+}
+
+void FileSystemWriter::abandon() noexcept {
+  for (const std::string& name : std::exchange(written_, {})) remove_quietly(name);
+}
+
+}  // namespace reshard
