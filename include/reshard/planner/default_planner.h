@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// The planners that save and load use unless told otherwise. Same rules as PyTorch's, with three promises added: a saved tensor is whole
-// (its chunks tile it exactly, or the save fails naming the hole or overlap and the ranks), what is loaded is whole, and a dtype is never cast silently.
+// The planners that save and load use unless told otherwise. Same rules as PyTorch's, with three promises added: a
+// saved tensor is whole (its chunks tile it exactly, or the save fails naming the hole or overlap and the ranks), what
+// is loaded is whole, and a dtype is never cast silently.
 
 #include <memory>
 #include <unordered_map>
+#include <vector>
 
 #include "reshard/planner/planner.h"
 
@@ -15,6 +17,8 @@ struct DefaultSavePlannerOptions {
   bool dedup_save_to_lowest_rank = false;
 };
 
+/// Writes every chunk with elements once. Chunks without elements are left out, but a tensor that has none at all keeps
+/// one chunk, so that it exists in the checkpoint.
 class DefaultSavePlanner final : public SavePlanner {
  public:
   explicit DefaultSavePlanner(DefaultSavePlannerOptions options = {}) : options_(options) {}
@@ -26,18 +30,28 @@ class DefaultSavePlanner final : public SavePlanner {
   ByteSpan resolve_bytes(const WriteItem& item) const override;
 
  private:
+  struct Place {
+    size_t entry;
+    size_t chunk;
+  };
+  const SaveState& state() const;
+  const Place& place(const MetadataIndex& index) const;
+
   DefaultSavePlannerOptions options_;
   const SaveState* state_ = nullptr;
-  std::unordered_map<MetadataIndex, std::pair<size_t, size_t>, MetadataIndexHash> places_;  // item -> (entry, chunk)
+  std::unordered_map<MetadataIndex, Place, MetadataIndexHash> places_;
 };
 
 struct DefaultLoadPlannerOptions {
   /// Wanted keys that the checkpoint lacks are left as they are (and reported) instead of being an error.
   bool allow_partial_load = false;
-  /// A stored dtype that differs from the wanted one is converted (and reported) instead of being an error. PyTorch casts silently.
+  /// A stored dtype that differs from the wanted one is converted (and reported) instead of being an error. PyTorch
+  /// casts silently.
   bool allow_cast = false;
 };
 
+/// Reads what the destination wants and no more. A checkpoint of torch before 2.4, whose flat names differ, is
+/// recognised by its keys, and the destination is then flattened as those releases did.
 class DefaultLoadPlanner final : public LoadPlanner {
  public:
   explicit DefaultLoadPlanner(DefaultLoadPlannerOptions options = {}) : options_(options) {}
@@ -49,25 +63,44 @@ class DefaultLoadPlanner final : public LoadPlanner {
   void load_bytes(const ReadItem& item, ByteSpan archive) override;
 
  private:
+  struct Place {
+    size_t entry;
+    size_t chunk;
+    Dims offsets;  // of the chunk
+    DType dtype;   // as stored
+  };
+  LoadState& state() const;
+  const Place& place(const MetadataIndex& index) const;
+  void plan_tensor(size_t entry_index, const TensorStorageMetadata& stored, LoadPlan& plan);
+
   DefaultLoadPlannerOptions options_;
   LoadState* state_ = nullptr;
   const Metadata* metadata_ = nullptr;
   FlattenRule rule_ = FlattenRule::kCurrent;
-  std::unordered_map<MetadataIndex, std::pair<size_t, size_t>, MetadataIndexHash> places_;
+  std::unordered_map<MetadataIndex, Place, MetadataIndexHash> places_;
   LoadReport report_;
 };
 
-enum class DedupPolicy : uint8_t { kBalanced, kLowestRank };
+enum class DedupPolicy : uint8_t {
+  kBalanced,    // on the holder with the least to write: what only one rank holds counts first, then the largest items
+  kLowestRank,  // on the lowest rank that holds it
+};
 
-/// Keeps each item that several plans hold (equal fqn and offsets) on one rank: the least loaded so far, ties to the lowest; walking rank 0's plan
-/// first. Order inside a plan is kept.
+/// Keeps each item that several plans hold (equal fqn and offsets) on one rank. Load is counted in bytes of the chunk
+/// (PyTorch counts the whole tensor), ties go to the lowest rank, so the result is a function of the plans. Order
+/// inside a plan is kept. Linear in the number of items. Throws kInvalidArgument naming key and ranks where plans
+/// contradict each other: a key that is a tensor here and a value there, sizes, dtypes or boxes that differ, an item
+/// twice in one plan.
 void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy);
 
-/// The read items that fill `dest_chunk` (box of the tensor `fqn`) from the stored chunks of `stored`, in the order of the stored chunks.
-std::vector<ReadItem> create_read_items_for_chunk(const std::string& fqn, const TensorStorageMetadata& stored, const Box& dest_chunk);
+/// The read items that fill `dest_chunk` (a box of the tensor `fqn`) from the chunks in `stored`, in the order of the
+/// stored chunks; parts without elements need none. Throws kCorruptData naming the key and a coordinate if the stored
+/// chunks do not cover the box exactly once.
+std::vector<ReadItem> create_read_items_for_chunk(const std::string& fqn, const TensorStorageMetadata& stored,
+                                                  const Box& dest_chunk);
 
-/// Throws kInvalidArgument naming the key, the ranks and the coordinates if a tensor of `metadata` is not tiled exactly by its chunks. `ranks_of` (optional) tells
-/// which rank supplied a chunk.
+/// Throws kInvalidArgument naming the key, the ranks and a coordinate if a tensor of `metadata` is not tiled exactly by
+/// its chunks. `plans` (one a rank) is where the chunks came from.
 void validate_global_plan(const Metadata& metadata, const std::vector<SavePlan>& plans);
 
 }  // namespace reshard

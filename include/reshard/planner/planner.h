@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// Planners decide what is written and read; they see no file and no other rank. Names follow torch.distributed.checkpoint.planner.
+// Planners decide what is written and read; they see no file and no other rank. Names follow
+// torch.distributed.checkpoint.planner.
 //
 // Save, in call order:
 //   1. all ranks      set_up_planner(state, is_coordinator)
@@ -43,7 +44,8 @@ struct WriteItem {
   friend bool operator==(const WriteItem&, const WriteItem&) = default;
 };
 
-/// What one rank writes. `storage`, filled by StorageWriter::prepare_global_plan, says where each item goes (same order as items).
+/// What one rank writes. `storage`, filled by StorageWriter::prepare_global_plan, says where each item goes (same order
+/// as items).
 struct SavePlan {
   std::vector<WriteItem> items;
   std::vector<StorageInfo> storage;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// What planners and storage see of a state dict: names, boxes and memory, without LibTorch. checkpoint/ adapts StateDict to these two
-// interfaces; tests use plain buffers.
+// What planners and storage see of a state dict: names, boxes and memory, without LibTorch. checkpoint/ adapts
+// StateDict to these two interfaces; tests use plain buffers.
 
 #include <cstdint>
 #include <memory>
@@ -37,7 +37,8 @@ struct StateEntry {
   std::variant<TensorEntry, BytesEntry> value;
 };
 
-/// Memory of a tensor part on the host. Strides count elements and are >= 0. `owner` keeps the memory alive (it may be a staging copy).
+/// Memory of a tensor part on the host. Strides count elements and are >= 0. `owner` keeps the memory alive (it may be
+/// a staging copy).
 struct TensorView {
   const std::byte* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -61,7 +62,8 @@ class SaveState {
   virtual ~SaveState() = default;
   /// Flattened, in state dict order, unique names. Valid as long as the object.
   virtual const std::vector<StateEntry>& entries() const = 0;
-  /// Host memory of chunk `chunk` of tensor entry `entry`: sizes equal the chunk's. For device tensors a copy is made here, so ask late.
+  /// Host memory of chunk `chunk` of tensor entry `entry`: sizes equal the chunk's. For device tensors a copy is made
+  /// here, so ask late.
   virtual TensorView tensor(size_t entry, size_t chunk) const = 0;
   /// The serialized value of bytes entry `entry`, exactly BytesEntry::length bytes.
   virtual ByteSpan bytes(size_t entry) const = 0;
@@ -78,11 +80,14 @@ class LoadState {
  public:
   virtual ~LoadState() = default;
   virtual const std::vector<StateEntry>& entries(FlattenRule rule) const = 0;
-  /// Host memory where the part `region` (coordinates of the whole tensor, inside chunk `chunk`) goes. dtype is the one asked for: memory of
-  /// the tensor itself where it lies on the host with that dtype, else a staging buffer. Thread-safe.
+  /// Host memory where the part `region` (coordinates of the whole tensor, inside chunk `chunk`) goes. dtype is the one
+  /// asked for: memory of the tensor itself where it lies on the host with that dtype, else a staging buffer.
+  /// Thread-safe.
   virtual MutableTensorView tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region, DType dtype) = 0;
-  /// Called once `view` (from tensor()) holds its data: copies a staging buffer to its tensor, casting if the dtypes differ. Thread-safe.
-  virtual void commit_tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region, const MutableTensorView& view) = 0;
+  /// Called once `view` (from tensor()) holds its data: copies a staging buffer to its tensor, casting if the dtypes
+  /// differ. Thread-safe.
+  virtual void commit_tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region,
+                             const MutableTensorView& view) = 0;
   /// Replaces the value of entry `entry` by the value in `archive` (a whole torch.save archive). Not thread-safe.
   virtual void load_bytes(FlattenRule rule, size_t entry, ByteSpan archive) = 0;
 };

@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include <algorithm>
+#include <bit>
+#include <string_view>
+#include <utility>
+
+#include "reshard/core/checked.h"
+#include "reshard/planner/default_planner.h"
+
+namespace reshard {
+namespace {
+
+// What an item costs besides its payload, roughly: the archive around it.
+constexpr uint64_t kItemOverheadBytes = 1024;
+constexpr uint32_t kNone = ~uint32_t{0};
+
+bool is_bytes(const WriteItem& item) { return item.type == WriteItemType::kByteIo; }
+
+uint64_t cost_of(const WriteItem& item) {
+  if (is_bytes(item)) return item.length + kItemOverheadBytes;
+  const auto elements = static_cast<uint64_t>(volume(item.chunk.sizes));
+  return elements * static_cast<uint64_t>(element_size(item.properties.dtype)) + kItemOverheadBytes;
+}
+
+std::string ranks_text(size_t a, size_t b) { return "ranks " + std::to_string(a) + " and " + std::to_string(b); }
+
+std::string described(size_t rank, std::string_view value) {
+  return "rank " + std::to_string(rank) + ": " + std::string(value);
+}
+
+[[noreturn]] void disagree(const std::string& what, const std::string& fqn, size_t rank_a, const std::string& a,
+                           size_t rank_b, const std::string& b) {
+  throw Error(ErrorCode::kInvalidArgument, ranks_text(rank_a, rank_b) + " " + what,
+              {.key = fqn, .found = described(rank_a, a) + ", " + described(rank_b, b)});
+}
+
+void check_item(const WriteItem& item, size_t rank) {
+  if (is_bytes(item)) {
+    if (!item.index.offset) return;
+    throw Error(ErrorCode::kInvalidArgument, "write item of a value has offsets",
+                {.rank = static_cast<int>(rank), .key = item.index.fqn});
+  }
+  if (!is_inside(item.chunk, item.size)) {
+    throw Error(ErrorCode::kInvalidArgument, "chunk lies outside its tensor",
+                {.rank = static_cast<int>(rank),
+                 .key = item.index.fqn,
+                 .wanted = "a box inside " + to_string(item.size),
+                 .found = to_string(item.chunk)});
+  }
+  if (item.index.offset != item.chunk.offsets) {
+    throw Error(ErrorCode::kInvalidArgument, "write item is not named after its chunk",
+                {.rank = static_cast<int>(rank),
+                 .key = item.index.fqn,
+                 .wanted = to_string(item.chunk.offsets),
+                 .found = item.index.offset ? to_string(*item.index.offset) : "no offsets"});
+  }
+}
+
+// Items of one key, proposed by two ranks, must speak of the same thing.
+void check_same_key(const WriteItem& a, size_t rank_a, const WriteItem& b, size_t rank_b) {
+  const std::string& fqn = a.index.fqn;
+  if (is_bytes(a) != is_bytes(b)) {
+    const auto kind = [](const WriteItem& item) { return is_bytes(item) ? "a value" : "a tensor"; };
+    disagree("hold different kinds of things under one key", fqn, rank_a, kind(a), rank_b, kind(b));
+  }
+  if (is_bytes(a)) return;
+  if (!(a.size == b.size)) {
+    disagree("disagree on the size of a tensor", fqn, rank_a, to_string(a.size), rank_b, to_string(b.size));
+  }
+  if (a.properties.dtype != b.properties.dtype) {
+    disagree("disagree on the dtype of a tensor", fqn, rank_a, std::string(to_string(a.properties.dtype)), rank_b,
+             std::string(to_string(b.properties.dtype)));
+  }
+}
+
+// All items of all plans, grouped by what they are: each group is one item and the ranks that hold a copy of it. Flat
+// arrays and one open-addressing table, because a large job has millions of items.
+class ItemGroups {
+ public:
+  struct Copy {
+    uint32_t rank;
+    uint32_t item;          // in the rank's plan
+    uint32_t next = kNone;  // copy of the same item, on a higher rank
+  };
+  struct Group {
+    uint32_t key;
+    uint32_t first;
+    uint32_t last;
+  };
+
+  explicit ItemGroups(const std::vector<SavePlan>& plans) : plans_(plans) {
+    size_t n = 0;
+    for (const SavePlan& plan : plans) n += plan.items.size();
+    if (n >= kNone) throw Error(ErrorCode::kUnsupported, "more than 2^32 - 2 write items in one save");
+    copies_.reserve(n);
+    table_.assign(std::bit_ceil(2 * n + 1), kNone);
+    for (uint32_t rank = 0; rank < plans.size(); ++rank) {
+      for (uint32_t i = 0; i < plans[rank].items.size(); ++i) add(rank, i);
+    }
+  }
+
+  const std::vector<Copy>& copies() const { return copies_; }
+  const std::vector<Group>& groups() const { return groups_; }
+  const WriteItem& item(const Copy& copy) const { return plans_[copy.rank].items[copy.item]; }
+
+ private:
+  struct Key {
+    uint32_t rank;
+    const WriteItem* item;  // the first of the key
+  };
+
+  uint32_t key_of(const WriteItem& item, uint32_t rank) {
+    // Chunks of a tensor come in a row.
+    if (last_key_ == kNone || keys_[last_key_].item->index.fqn != item.index.fqn) {
+      const auto [it, added] = key_ids_.try_emplace(item.index.fqn, static_cast<uint32_t>(keys_.size()));
+      if (added) keys_.push_back({rank, &item});
+      last_key_ = it->second;
+    }
+    check_same_key(*keys_[last_key_].item, keys_[last_key_].rank, item, rank);
+    return last_key_;
+  }
+
+  void add(uint32_t rank, uint32_t item_index) {
+    const WriteItem& added = plans_[rank].items[item_index];
+    check_item(added, rank);
+    const uint32_t key = key_of(added, rank);
+    const auto copy = static_cast<uint32_t>(copies_.size());
+    copies_.push_back({rank, item_index});
+    const size_t mask = table_.size() - 1;
+    size_t slot = (DimsHash{}(added.chunk.offsets) ^ (key * 0x9E3779B97F4A7C15ull)) * 0xFF51AFD7ED558CCDull >> 20;
+    for (;; ++slot) {
+      uint32_t& id = table_[slot & mask];
+      if (id == kNone) {
+        id = static_cast<uint32_t>(groups_.size());
+        groups_.push_back({key, copy, copy});
+        return;
+      }
+      Group& group = groups_[id];
+      const Copy& last = copies_[group.last];
+      if (group.key != key || !(item(last).chunk.offsets == added.chunk.offsets)) continue;
+      if (last.rank == rank) {
+        throw Error(ErrorCode::kInvalidArgument, "an item is twice in the plan of one rank",
+                    {.rank = static_cast<int>(rank), .key = to_string(added.index)});
+      }
+      if (!(item(last).chunk == added.chunk)) {
+        disagree("hold overlapping chunks of a tensor", added.index.fqn, last.rank, to_string(item(last).chunk), rank,
+                 to_string(added.chunk));
+      }
+      copies_[group.last].next = copy;
+      group.last = copy;
+      return;
+    }
+  }
+
+  const std::vector<SavePlan>& plans_;
+  std::vector<Copy> copies_;  // in walking order: rank by rank, item by item
+  std::vector<Group> groups_;
+  std::vector<uint32_t> table_;  // of groups
+  std::vector<Key> keys_;
+  std::unordered_map<std::string_view, uint32_t> key_ids_;
+  uint32_t last_key_ = kNone;
+};
+
+// Which copies stay.
+std::vector<bool> choose_copies(const ItemGroups& groups, size_t world_size, DedupPolicy policy) {
+  const auto& copies = groups.copies();
+  std::vector<bool> kept(copies.size());
+  std::vector<uint64_t> load(world_size);
+  struct Replicated {
+    uint64_t cost;
+    uint32_t first;
+  };
+  std::vector<Replicated> replicated;
+  for (const auto& group : groups.groups()) {
+    const auto& first = copies[group.first];
+    const bool alone = first.next == kNone;
+    if (alone || policy == DedupPolicy::kLowestRank) kept[group.first] = true;
+    if (alone) load[first.rank] += cost_of(groups.item(first));
+    if (!alone && policy == DedupPolicy::kBalanced) replicated.push_back({cost_of(groups.item(first)), group.first});
+  }
+  std::stable_sort(replicated.begin(), replicated.end(), [](auto& a, auto& b) { return a.cost > b.cost; });
+  for (const auto& [cost, first] : replicated) {
+    uint32_t best = first;
+    for (uint32_t copy = copies[first].next; copy != kNone; copy = copies[copy].next) {
+      if (load[copies[copy].rank] < load[copies[best].rank]) best = copy;
+    }
+    kept[best] = true;
+    load[copies[best].rank] += cost;
+  }
+  return kept;
+}
+
+Metadata build_metadata(std::vector<SavePlan>& plans) {
+  Metadata metadata;
+  metadata.version = kMetadataVersion;
+  auto& paths = metadata.planner_data.emplace();
+  auto& entries = metadata.state_dict_metadata;
+  for (SavePlan& plan : plans) {
+    for (WriteItem& item : plan.items) {
+      StorageMetadata* entry = entries.find(item.index.fqn);
+      if (entry == nullptr) {
+        if (is_bytes(item)) {
+          entries.insert(item.index.fqn, BytesStorageMetadata{});
+        } else {
+          entries.insert(item.index.fqn, TensorStorageMetadata{item.properties, item.size, {}});
+        }
+        entry = entries.find(item.index.fqn);
+      }
+      if (auto* tensor = std::get_if<TensorStorageMetadata>(entry)) {
+        item.index.index = static_cast<int64_t>(tensor->chunks.size());
+        tensor->chunks.push_back(item.chunk);
+      }
+    }
+    for (const auto& [fqn, path] : plan.planner_data) {
+      if (!paths.contains(fqn)) paths.insert(fqn, path);
+    }
+  }
+  return metadata;
+}
+
+// For messages, so a plain search will do.
+std::string rank_of(const std::vector<SavePlan>& plans, const std::string& fqn, const Box& chunk) {
+  for (size_t rank = 0; rank < plans.size(); ++rank) {
+    for (const WriteItem& item : plans[rank].items) {
+      if (item.chunk == chunk && item.index.fqn == fqn) return "rank " + std::to_string(rank);
+    }
+  }
+  return "no rank";
+}
+
+}  // namespace
+
+const SaveState& DefaultSavePlanner::state() const {
+  if (state_ == nullptr) throw Error(ErrorCode::kFailedPrecondition, "set_up_planner was not called");
+  return *state_;
+}
+
+void DefaultSavePlanner::set_up_planner(const SaveState& state, bool /*is_coordinator*/) {
+  state_ = &state;
+  places_.clear();
+}
+
+SavePlan DefaultSavePlanner::create_local_plan() {
+  const std::vector<StateEntry>& entries = state().entries();
+  SavePlan plan;
+  plan.items.reserve(entries.size());
+  plan.planner_data.reserve(entries.size());
+  places_.clear();
+  places_.reserve(entries.size());
+
+  const auto add = [&](WriteItem item, Place where) {
+    const auto [it, added] = places_.try_emplace(item.index, where);
+    if (!added) {
+      const auto* tensor = std::get_if<TensorEntry>(&entries[where.entry].value);
+      throw Error(ErrorCode::kInvalidArgument, "two chunks of a tensor start at the same offsets",
+                  {.key = item.index.fqn,
+                   .found = to_string(tensor->chunks[it->second.chunk]) + " and " + to_string(item.chunk)});
+    }
+    plan.items.push_back(std::move(item));
+  };
+
+  for (size_t e = 0; e < entries.size(); ++e) {
+    const auto& [fqn, path, value] = entries[e];
+    if (!plan.planner_data.insert(fqn, path)) {
+      throw Error(ErrorCode::kInvalidArgument, "two values of the state dict have the same flattened name",
+                  {.key = fqn});
+    }
+    if (const auto* bytes = std::get_if<BytesEntry>(&value)) {
+      WriteItem item;
+      item.index.fqn = fqn;
+      item.type = WriteItemType::kByteIo;
+      item.length = bytes->length;
+      add(std::move(item), {e, 0});
+      continue;
+    }
+    const auto& tensor = std::get<TensorEntry>(value);
+    const auto add_chunk = [&](const Box& chunk, size_t c) {
+      WriteItem item;
+      item.index = {fqn, chunk.offsets, {}};
+      item.type = tensor.sharded ? WriteItemType::kShard : WriteItemType::kTensor;
+      item.chunk = chunk;
+      item.size = tensor.size;
+      item.properties = tensor.properties;
+      add(std::move(item), {e, c});
+    };
+    for (const Box& chunk : tensor.chunks) {
+      if (is_inside(chunk, tensor.size)) continue;
+      throw Error(ErrorCode::kInvalidArgument, "chunk lies outside its tensor",
+                  {.key = fqn, .wanted = "a box inside " + to_string(tensor.size), .found = to_string(chunk)});
+    }
+    if (!tensor.sharded && (tensor.chunks.size() != 1 || !(tensor.chunks[0] == whole_box(tensor.size)))) {
+      throw Error(ErrorCode::kInvalidArgument, "a tensor that is not sharded must be held whole",
+                  {.key = fqn,
+                   .wanted = to_string(whole_box(tensor.size)),
+                   .found = tensor.chunks.size() == 1 ? to_string(tensor.chunks[0])
+                                                      : std::to_string(tensor.chunks.size()) + " chunks"});
+    }
+    const int64_t payload = with_error_context({.key = fqn}, [&] {
+      return checked_mul(volume(tensor.size), element_size(tensor.properties.dtype), "number of bytes of a tensor");
+    });
+    if (payload == 0) {
+      add_chunk(whole_box(tensor.size), 0);
+      continue;
+    }
+    for (size_t c = 0; c < tensor.chunks.size(); ++c) {
+      if (volume(tensor.chunks[c].sizes) != 0) add_chunk(tensor.chunks[c], c);
+    }
+  }
+  return plan;
+}
+
+GlobalSavePlan DefaultSavePlanner::create_global_plan(std::vector<SavePlan> local_plans) {
+  dedup_save_plans(local_plans, options_.dedup_save_to_lowest_rank ? DedupPolicy::kLowestRank : DedupPolicy::kBalanced);
+  GlobalSavePlan global;
+  global.metadata = build_metadata(local_plans);
+  validate_global_plan(global.metadata, local_plans);
+  global.plans = std::move(local_plans);
+  return global;
+}
+
+SavePlan DefaultSavePlanner::finish_plan(SavePlan plan) {
+  for (const WriteItem& item : plan.items) place(item.index);
+  return plan;
+}
+
+const DefaultSavePlanner::Place& DefaultSavePlanner::place(const MetadataIndex& index) const {
+  const auto it = places_.find(index);
+  if (it == places_.end()) {
+    throw Error(ErrorCode::kInternal, "asked for an item that this rank did not propose", {.key = to_string(index)});
+  }
+  return it->second;
+}
+
+TensorView DefaultSavePlanner::resolve_tensor(const WriteItem& item) const {
+  const auto [entry, chunk] = place(item.index);
+  if (volume(item.chunk.sizes) == 0) {
+    return {.data = nullptr,
+            .dtype = item.properties.dtype,
+            .sizes = item.chunk.sizes,
+            .strides = contiguous_strides(item.chunk.sizes),
+            .owner = nullptr};
+  }
+  TensorView view = state().tensor(entry, chunk);
+  if (!(view.sizes == item.chunk.sizes) || view.dtype != item.properties.dtype) {
+    throw Error(ErrorCode::kFailedPrecondition, "a tensor changed after the save was planned",
+                {.key = to_string(item.index),
+                 .wanted = std::string(to_string(item.properties.dtype)) + " " + to_string(item.chunk.sizes),
+                 .found = std::string(to_string(view.dtype)) + " " + to_string(view.sizes)});
+  }
+  return view;
+}
+
+ByteSpan DefaultSavePlanner::resolve_bytes(const WriteItem& item) const {
+  const ByteSpan bytes = state().bytes(place(item.index).entry);
+  if (bytes.size() != item.length) {
+    throw Error(ErrorCode::kFailedPrecondition, "a value changed after the save was planned",
+                {.key = item.index.fqn,
+                 .wanted = std::to_string(item.length) + " bytes",
+                 .found = std::to_string(bytes.size()) + " bytes"});
+  }
+  return bytes;
+}
+
+void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy) {
+  std::vector<bool> kept;
+  {
+    const ItemGroups groups(plans);
+    if (groups.groups().size() == groups.copies().size()) return;
+    kept = choose_copies(groups, plans.size(), policy);
+  }
+  size_t copy = 0;
+  for (SavePlan& plan : plans) {
+    size_t n = 0;
+    for (size_t i = 0; i < plan.items.size(); ++i, ++copy) {
+      if (!kept[copy]) continue;
+      if (n != i) plan.items[n] = std::move(plan.items[i]);
+      ++n;
+    }
+    plan.items.resize(n);
+  }
+}
+
+void validate_global_plan(const Metadata& metadata, const std::vector<SavePlan>& plans) {
+  for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+    const auto* tensor = std::get_if<TensorStorageMetadata>(&entry);
+    if (tensor == nullptr) continue;
+    const auto error =
+        with_error_context({.key = fqn}, [&] { return check_exact_tiling(tensor->size, tensor->chunks); });
+    if (!error) continue;
+    const auto chunk = [&](size_t i) {
+      return to_string(tensor->chunks[i]) + " of " + rank_of(plans, fqn, tensor->chunks[i]);
+    };
+    ErrorContext context{.key = fqn};
+    std::string what;
+    switch (error->kind) {
+      case TilingError::Kind::kOutOfBounds:
+        what = "chunk lies outside its tensor";
+        context.wanted = "a box inside " + to_string(tensor->size);
+        context.found = chunk(error->first);
+        break;
+      case TilingError::Kind::kOverlap:
+        what = "chunks of a tensor overlap at " + to_string(error->at);
+        context.found = chunk(error->first) + " and " + chunk(error->second);
+        break;
+      case TilingError::Kind::kHole:
+        what = "no rank supplies the part of a tensor at " + to_string(error->at);
+        context.wanted = "all of " + to_string(tensor->size);
+        context.found =
+            std::to_string(tensor->chunks.size()) + " chunks from " + std::to_string(plans.size()) + " ranks";
+        break;
+    }
+    throw Error(ErrorCode::kInvalidArgument, what, context);
+  }
+}
+
+}  // namespace reshard

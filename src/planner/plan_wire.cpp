@@ -1,0 +1,570 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/planner/plan_wire.h"
+
+#include <limits>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+
+#include "reshard/core/checked.h"
+
+namespace reshard {
+namespace {
+
+constexpr uint8_t kSavePlanMark = 0xA1;
+constexpr uint8_t kCatalogueMark = 0xA2;
+constexpr const char* kUsualLayout = "torch.strided";
+
+#define RESHARD_COUNT_DTYPE(id, name, bytes) +1
+constexpr uint8_t kDTypes = 0 RESHARD_FOR_EACH_DTYPE(RESHARD_COUNT_DTYPE);
+#undef RESHARD_COUNT_DTYPE
+
+// Bytes of names that decoding may copy for each byte of input.
+constexpr uint64_t kMaxTextRatio = 256;
+
+enum PropertyFlags : uint8_t { kRequiresGrad = 1, kPinMemory = 2, kOtherLayout = 4, kOtherMemoryFormat = 8 };
+
+class Encoder {
+ public:
+  explicit Encoder(uint8_t mark) { out_.u8(mark); }
+  Bytes take() {
+    const uint64_t needed = copied_text_ / kMaxTextRatio;
+    out_.blob(Bytes(needed > out_.size() ? needed - out_.size() : 0));
+    return out_.take();
+  }
+
+  ByteWriter& out() { return out_; }
+  /// Every text that the decoder copies more often than it is sent is counted.
+  void count_copy(size_t text_bytes) { copied_text_ += text_bytes; }
+
+  void number(int64_t value, const char* what, const std::string& fqn) {
+    if (value < 0) {
+      throw Error(ErrorCode::kInvalidArgument, std::string(what) + " is negative",
+                  {.key = fqn, .found = std::to_string(value)});
+    }
+    out_.varint(static_cast<uint64_t>(value));
+  }
+  /// Without the count, which the reader knows.
+  void numbers(const Dims& dims, const char* what, const std::string& fqn) {
+    for (const int64_t value : dims) number(value, what, fqn);
+  }
+  void dims(const Dims& dims, const char* what, const std::string& fqn) {
+    out_.varint(dims.size());
+    numbers(dims, what, fqn);
+  }
+  void box(const Box& box, const std::string& fqn) {
+    numbers(box.offsets, "offset of a chunk", fqn);
+    numbers(box.sizes, "size of a chunk", fqn);
+  }
+  void hint(const std::optional<int64_t>& hint, const std::string& fqn) {
+    if (!hint) return out_.varint(0);
+    if (*hint == std::numeric_limits<int64_t>::max()) {
+      throw Error(ErrorCode::kInvalidArgument, "index of a chunk is too large", {.key = fqn});
+    }
+    number(*hint < 0 ? *hint : *hint + 1, "index of a chunk", fqn);
+  }
+  void properties(const TensorProperties& p, const std::string& fqn) {
+    out_.u8(static_cast<uint8_t>(p.dtype));
+    out_.u8(static_cast<uint8_t>((p.requires_grad ? kRequiresGrad : 0) | (p.pin_memory ? kPinMemory : 0) |
+                                 (p.layout != kUsualLayout ? kOtherLayout : 0) |
+                                 (p.memory_format != 0 ? kOtherMemoryFormat : 0)));
+    if (p.layout != kUsualLayout) out_.string(p.layout);
+    if (p.memory_format != 0) number(p.memory_format, "memory format", fqn);
+  }
+  void path(const std::string& fqn, const ObjectPath& path) {
+    // Most paths are the name, cut at its dots.
+    if (is_split_of(fqn, path)) return out_.u8(1);
+    out_.u8(0);
+    out_.varint(path.size());
+    for (const PathElement& element : path) {
+      if (const auto* name = std::get_if<std::string>(&element)) {
+        out_.u8(0);
+        out_.string(*name);
+      } else {
+        out_.u8(1);
+        out_.i64(std::get<int64_t>(element));
+      }
+    }
+  }
+  void storage(const StorageInfo& info) {
+    // Files are few: each is written where it appears first.
+    if (last_file_ == nullptr || *last_file_ != info.relative_path) {
+      const auto [it, added] = files_.try_emplace(info.relative_path, files_.size());
+      last_file_ = &it->first;
+      last_file_id_ = it->second;
+      if (added) {
+        out_.varint(0);
+        out_.string(info.relative_path);
+      } else {
+        out_.varint(last_file_id_ + 1);
+      }
+    } else {
+      out_.varint(last_file_id_ + 1);
+    }
+    count_copy(info.relative_path.size());
+    out_.varint(info.offset);
+    out_.varint(info.length);
+    out_.varint(info.transform_descriptors.size());
+    for (const std::string& descriptor : info.transform_descriptors) out_.string(descriptor);
+  }
+
+ private:
+  static bool is_split_of(std::string_view fqn, const ObjectPath& path) {
+    if (path.empty()) return false;
+    for (size_t i = 0; i < path.size(); ++i) {
+      const auto* name = std::get_if<std::string>(&path[i]);
+      if (name == nullptr || name->find('.') != std::string::npos || !fqn.starts_with(*name)) return false;
+      fqn.remove_prefix(name->size());
+      if (i + 1 == path.size()) break;
+      if (fqn.empty() || fqn.front() != '.') return false;
+      fqn.remove_prefix(1);
+    }
+    return fqn.empty();
+  }
+
+  ByteWriter out_;
+  uint64_t copied_text_ = 0;
+  std::unordered_map<std::string, uint64_t> files_;
+  const std::string* last_file_ = nullptr;
+  uint64_t last_file_id_ = 0;
+};
+
+class Decoder {
+ public:
+  Decoder(ByteSpan bytes, uint8_t mark, const char* what) : in_(bytes, what), what_(what) {
+    text_budget_ = checked_mul<uint64_t>(bytes.size() + 1, kMaxTextRatio, what);
+    if (in_.u8() != mark) fail("starts with another byte than it must");
+  }
+  void finish() {
+    in_.blob();  // padding
+    if (!in_.at_end()) fail("has bytes after its end");
+  }
+
+  ByteReader& in() { return in_; }
+  [[noreturn]] void fail(const std::string& problem) const {
+    throw Error(ErrorCode::kCorruptData, std::string(what_) + " " + problem, {.offset = in_.position()});
+  }
+  void count_copy(size_t text_bytes) {
+    if (text_bytes > text_budget_) fail("repeats names more often than its length allows");
+    text_budget_ -= text_bytes;
+  }
+
+  int64_t number() {
+    const uint64_t value = in_.varint();
+    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) fail("holds a number beyond 63 bits");
+    return static_cast<int64_t>(value);
+  }
+  size_t rank() {
+    const size_t rank = in_.count();
+    if (rank > kMaxTensorRank) fail("holds a tensor of too many dimensions");
+    return rank;
+  }
+  Dims numbers(size_t rank) {
+    Dims dims(rank, 0);
+    for (int64_t& value : dims) value = number();
+    return dims;
+  }
+  Dims dims() { return numbers(rank()); }
+  Box box(size_t rank) {
+    Box box;
+    box.offsets = numbers(rank);
+    box.sizes = numbers(rank);
+    return box;
+  }
+  std::optional<int64_t> hint() {
+    const int64_t value = number();
+    return value == 0 ? std::nullopt : std::optional(value - 1);
+  }
+  template <class E>
+  E choice(uint8_t count) {
+    const uint8_t value = in_.u8();
+    if (value >= count) fail("holds a tag that does not exist");
+    return static_cast<E>(value);
+  }
+  bool flag() { return choice<uint8_t>(2) != 0; }
+  TensorProperties properties() {
+    TensorProperties p;
+    p.dtype = choice<DType>(kDTypes);
+    const auto flags = choice<uint8_t>(16);
+    p.requires_grad = (flags & kRequiresGrad) != 0;
+    p.pin_memory = (flags & kPinMemory) != 0;
+    if ((flags & kOtherLayout) != 0) p.layout = in_.string();
+    if ((flags & kOtherMemoryFormat) != 0) p.memory_format = number();
+    return p;
+  }
+  ObjectPath path(const std::string& fqn) {
+    ObjectPath path;
+    if (flag()) {
+      for (size_t begin = 0; begin <= fqn.size();) {
+        const size_t end = std::min(fqn.find('.', begin), fqn.size());
+        count_copy(sizeof(PathElement));
+        path.emplace_back(fqn.substr(begin, end - begin));
+        begin = end + 1;
+      }
+      return path;
+    }
+    const size_t n = in_.count(2);
+    path.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      if (flag()) {
+        path.emplace_back(in_.i64());
+      } else {
+        path.emplace_back(in_.string());
+      }
+    }
+    return path;
+  }
+  StorageInfo storage() {
+    StorageInfo info;
+    const uint64_t file = in_.varint();
+    if (file == 0) {
+      files_.push_back(in_.string());
+    } else if (file > files_.size()) {
+      fail("names a file that it does not list");
+    }
+    info.relative_path = file == 0 ? files_.back() : files_[file - 1];
+    count_copy(info.relative_path.size());
+    info.offset = in_.varint();
+    info.length = in_.varint();
+    const size_t n = in_.count();
+    for (size_t i = 0; i < n; ++i) info.transform_descriptors.push_back(in_.string());
+    return info;
+  }
+
+ private:
+  ByteReader in_;
+  const char* what_;
+  uint64_t text_budget_ = 0;
+  std::vector<std::string> files_;
+};
+
+// What the items of one key share. Written once, where the key appears first.
+struct ItemHead {
+  std::string fqn;
+  bool is_bytes = false;
+  Dims size;
+  TensorProperties properties;
+};
+
+bool is_bytes(const WriteItem& item) { return item.type == WriteItemType::kByteIo; }
+
+bool has_head(const WriteItem& item, const ItemHead& head) {
+  return item.index.fqn == head.fqn && is_bytes(item) == head.is_bytes &&
+         (head.is_bytes || (item.size == head.size && item.properties == head.properties));
+}
+
+void check_item(const WriteItem& item) {
+  const std::string& fqn = item.index.fqn;
+  if (is_bytes(item)) {
+    if (!item.index.offset) return;
+    throw Error(ErrorCode::kInvalidArgument, "write item of a value has offsets", {.key = fqn});
+  }
+  const size_t rank = item.size.size();
+  if (rank > kMaxTensorRank || item.chunk.offsets.size() != rank || item.chunk.sizes.size() != rank ||
+      item.index.offset != item.chunk.offsets) {
+    throw Error(ErrorCode::kInvalidArgument, "write item is not named after its chunk",
+                {.key = fqn, .wanted = to_string(item.chunk), .found = to_string(item.index)});
+  }
+}
+
+}  // namespace
+
+Bytes encode_save_plan(const SavePlan& plan) {
+  if (!plan.storage.empty() && plan.storage.size() != plan.items.size()) {
+    throw Error(ErrorCode::kInvalidArgument, "a save plan with a place for some of its items only",
+                {.wanted = std::to_string(plan.items.size()), .found = std::to_string(plan.storage.size())});
+  }
+  Encoder encoder(kSavePlanMark);
+  ByteWriter& out = encoder.out();
+  std::vector<ItemHead> heads;
+  std::unordered_map<std::string_view, size_t> head_ids;  // by name: the latest head
+  size_t head = 0;
+
+  out.varint(plan.items.size());
+  for (const WriteItem& item : plan.items) {
+    check_item(item);
+    const std::string& fqn = item.index.fqn;
+    if (heads.empty() || !has_head(item, heads[head])) {
+      const auto known = head_ids.find(fqn);
+      if (known != head_ids.end() && has_head(item, heads[known->second])) {
+        head = known->second;
+        out.varint(head + 1);
+      } else {
+        head = heads.size();
+        heads.push_back({fqn, is_bytes(item), item.size, item.properties});
+        head_ids[fqn] = head;
+        out.varint(0);
+        out.string(fqn);
+        out.u8(is_bytes(item));
+        if (!is_bytes(item)) {
+          encoder.dims(item.size, "size of a tensor", fqn);
+          encoder.properties(item.properties, fqn);
+        }
+      }
+    } else {
+      out.varint(head + 1);
+    }
+    encoder.count_copy(fqn.size() + item.properties.layout.size());
+    encoder.hint(item.index.index, fqn);
+    if (is_bytes(item)) {
+      out.varint(item.length);
+    } else {
+      out.u8(item.type == WriteItemType::kShard);
+      encoder.box(item.chunk, fqn);
+    }
+  }
+  out.u8(!plan.storage.empty());
+  for (const StorageInfo& info : plan.storage) encoder.storage(info);
+  out.varint(plan.planner_data.size());
+  for (const auto& [fqn, path] : plan.planner_data) {
+    const auto known = head_ids.find(fqn);
+    if (known != head_ids.end()) {
+      out.varint(known->second + 1);
+    } else {
+      out.varint(0);
+      out.string(fqn);
+    }
+    encoder.count_copy(fqn.size() + path.size() * sizeof(PathElement));
+    encoder.path(fqn, path);
+  }
+  return encoder.take();
+}
+
+SavePlan decode_save_plan(ByteSpan bytes) {
+  Decoder decoder(bytes, kSavePlanMark, "save plan");
+  ByteReader& in = decoder.in();
+  SavePlan plan;
+  std::vector<ItemHead> heads;
+  const auto read_head_id = [&] {
+    const uint64_t id = in.varint();
+    if (id > heads.size()) decoder.fail("names a key that it does not list");
+    return static_cast<size_t>(id);
+  };
+
+  const size_t n = in.count(3);
+  plan.items.resize(n);
+  for (WriteItem& item : plan.items) {
+    size_t id = read_head_id();
+    if (id == 0) {
+      ItemHead head;
+      head.fqn = in.string();
+      head.is_bytes = decoder.flag();
+      if (!head.is_bytes) {
+        head.size = decoder.dims();
+        head.properties = decoder.properties();
+      }
+      heads.push_back(std::move(head));
+      id = heads.size();
+    }
+    const ItemHead& head = heads[id - 1];
+    item.index.fqn = head.fqn;
+    item.size = head.size;
+    item.properties = head.properties;
+    decoder.count_copy(head.fqn.size() + head.properties.layout.size());
+    item.index.index = decoder.hint();
+    if (head.is_bytes) {
+      item.type = WriteItemType::kByteIo;
+      item.length = in.varint();
+    } else {
+      item.type = decoder.flag() ? WriteItemType::kShard : WriteItemType::kTensor;
+      item.chunk = decoder.box(head.size.size());
+      item.index.offset = item.chunk.offsets;
+    }
+  }
+  if (decoder.flag()) {
+    if (n > in.remaining() / 4) decoder.fail("ends before the places of its items");
+    plan.storage.reserve(n);
+    for (size_t i = 0; i < n; ++i) plan.storage.push_back(decoder.storage());
+  }
+  const size_t paths = in.count(2);
+  plan.planner_data.reserve(paths);
+  for (size_t i = 0; i < paths; ++i) {
+    const size_t id = read_head_id();
+    std::string fqn = id == 0 ? in.string() : heads[id - 1].fqn;
+    decoder.count_copy(fqn.size());
+    ObjectPath path = decoder.path(fqn);
+    if (!plan.planner_data.insert(std::move(fqn), std::move(path))) decoder.fail("holds two paths for one key");
+  }
+  decoder.finish();
+  return plan;
+}
+
+Bytes encode_catalogue(const Metadata& metadata) {
+  Encoder encoder(kCatalogueMark);
+  ByteWriter& out = encoder.out();
+  std::unordered_map<std::string_view, size_t> entry_ids;
+  entry_ids.reserve(metadata.state_dict_metadata.size());
+
+  out.varint(metadata.state_dict_metadata.size());
+  for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+    entry_ids.try_emplace(fqn, entry_ids.size());
+    out.string(fqn);
+    const auto* tensor = std::get_if<TensorStorageMetadata>(&entry);
+    out.u8(tensor == nullptr);
+    if (tensor == nullptr) continue;
+    encoder.dims(tensor->size, "size of a tensor", fqn);
+    encoder.properties(tensor->properties, fqn);
+    out.varint(tensor->chunks.size());
+    for (const Box& chunk : tensor->chunks) {
+      if (chunk.offsets.size() != tensor->size.size() || chunk.sizes.size() != tensor->size.size()) {
+        throw Error(ErrorCode::kInvalidArgument, "a chunk has another number of dimensions than its tensor",
+                    {.key = fqn, .wanted = to_string(tensor->size), .found = to_string(chunk)});
+      }
+      if (chunk.sizes.empty()) out.u8(0);  // so that every chunk takes space
+      encoder.box(chunk, fqn);
+    }
+  }
+
+  const auto put_key = [&](const std::string& fqn) {
+    const auto known = entry_ids.find(fqn);
+    if (known != entry_ids.end()) {
+      out.varint(known->second + 1);
+    } else {
+      out.varint(0);
+      out.string(fqn);
+    }
+    encoder.count_copy(fqn.size());
+  };
+  out.u8(metadata.planner_data.has_value());
+  if (metadata.planner_data) {
+    out.varint(metadata.planner_data->size());
+    for (const auto& [fqn, path] : *metadata.planner_data) {
+      put_key(fqn);
+      encoder.count_copy(path.size() * sizeof(PathElement));
+      encoder.path(fqn, path);
+    }
+  }
+
+  out.varint(metadata.storage_data.size());
+  for (const auto& [index, info] : metadata.storage_data) {
+    put_key(index.fqn);
+    encoder.hint(index.index, index.fqn);
+    // Most items lie where the chunk that they hint at lies.
+    const Dims* hinted = nullptr;
+    if (index.index) {
+      const StorageMetadata* entry = metadata.state_dict_metadata.find(index.fqn);
+      const auto* tensor = entry == nullptr ? nullptr : std::get_if<TensorStorageMetadata>(entry);
+      if (tensor != nullptr && static_cast<uint64_t>(*index.index) < tensor->chunks.size()) {
+        hinted = &tensor->chunks[static_cast<size_t>(*index.index)].offsets;
+      }
+    }
+    if (!index.offset) {
+      out.u8(0);
+    } else if (hinted != nullptr && *hinted == *index.offset) {
+      out.u8(1);
+    } else {
+      out.u8(2);
+      encoder.dims(*index.offset, "offset of a chunk", index.fqn);
+    }
+    encoder.storage(info);
+  }
+
+  const auto put_text = [&](const std::optional<std::string>& text) {
+    out.u8(text.has_value());
+    if (text) out.string(*text);
+  };
+  out.u8(metadata.storage_meta.has_value());
+  if (metadata.storage_meta) {
+    put_text(metadata.storage_meta->checkpoint_id);
+    put_text(metadata.storage_meta->save_id);
+    put_text(metadata.storage_meta->load_id);
+    out.varint(metadata.storage_meta->modules.size());
+    for (const std::string& module : metadata.storage_meta->modules) out.string(module);
+  }
+  put_text(metadata.version);
+  out.u8(metadata.sidecars.has_value());
+  if (metadata.sidecars) out.i64(*metadata.sidecars);
+  return encoder.take();
+}
+
+Metadata decode_catalogue(ByteSpan bytes) {
+  Decoder decoder(bytes, kCatalogueMark, "catalogue");
+  ByteReader& in = decoder.in();
+  Metadata metadata;
+  auto& entries = metadata.state_dict_metadata;
+
+  const size_t n = in.count(2);
+  entries.reserve(n);
+  std::vector<const std::string*> names;
+  for (size_t i = 0; i < n; ++i) {
+    std::string fqn = in.string();
+    StorageMetadata entry = BytesStorageMetadata{};
+    if (!decoder.flag()) {
+      TensorStorageMetadata tensor;
+      tensor.size = decoder.dims();
+      tensor.properties = decoder.properties();
+      const size_t rank = tensor.size.size();
+      const size_t chunks = in.count(rank == 0 ? 1 : 2 * rank);
+      tensor.chunks.reserve(chunks);
+      for (size_t c = 0; c < chunks; ++c) {
+        if (rank == 0) decoder.flag();
+        tensor.chunks.push_back(decoder.box(rank));
+      }
+      entry = std::move(tensor);
+    }
+    if (!entries.insert(std::move(fqn), std::move(entry))) decoder.fail("holds a key twice");
+  }
+  names.reserve(n);
+  for (const auto& [fqn, entry] : entries) names.push_back(&fqn);
+
+  const auto get_key = [&] {
+    const uint64_t id = in.varint();
+    if (id > names.size()) decoder.fail("names a key that it does not list");
+    std::string fqn = id == 0 ? in.string() : *names[id - 1];
+    decoder.count_copy(fqn.size());
+    return fqn;
+  };
+  if (decoder.flag()) {
+    const size_t paths = in.count(2);
+    auto& planner_data = metadata.planner_data.emplace();
+    planner_data.reserve(paths);
+    for (size_t i = 0; i < paths; ++i) {
+      std::string fqn = get_key();
+      ObjectPath path = decoder.path(fqn);
+      if (!planner_data.insert(std::move(fqn), std::move(path))) decoder.fail("holds two paths for one key");
+    }
+  }
+
+  const size_t items = in.count(7);
+  metadata.storage_data.reserve(items);
+  for (size_t i = 0; i < items; ++i) {
+    MetadataIndex index;
+    index.fqn = get_key();
+    index.index = decoder.hint();
+    switch (decoder.choice<uint8_t>(3)) {
+      case 0:
+        break;
+      case 1: {
+        const StorageMetadata* entry = entries.find(index.fqn);
+        const auto* tensor = entry == nullptr ? nullptr : std::get_if<TensorStorageMetadata>(entry);
+        if (tensor == nullptr || !index.index || static_cast<uint64_t>(*index.index) >= tensor->chunks.size()) {
+          decoder.fail("names a chunk that it does not list");
+        }
+        index.offset = tensor->chunks[static_cast<size_t>(*index.index)].offsets;
+        break;
+      }
+      default:
+        index.offset = decoder.dims();
+    }
+    StorageInfo info = decoder.storage();
+    if (!metadata.storage_data.insert(std::move(index), std::move(info))) decoder.fail("holds an item twice");
+  }
+
+  const auto get_text = [&](std::optional<std::string>& text) {
+    if (decoder.flag()) text = in.string();
+  };
+  if (decoder.flag()) {
+    StorageMeta& meta = metadata.storage_meta.emplace();
+    get_text(meta.checkpoint_id);
+    get_text(meta.save_id);
+    get_text(meta.load_id);
+    const size_t modules = in.count();
+    for (size_t i = 0; i < modules; ++i) meta.modules.push_back(in.string());
+  }
+  get_text(metadata.version);
+  if (decoder.flag()) metadata.sidecars = in.i64();
+  decoder.finish();
+  return metadata;
+}
+
+}  // namespace reshard
