@@ -49,7 +49,9 @@ struct WriteItem {
 struct SavePlan {
   std::vector<WriteItem> items;
   std::vector<StorageInfo> storage;
-  OrderedMap<std::string, ObjectPath> planner_data;  // flattened name -> path
+  /// Flattened name -> path, of every key of this rank. Goes into the catalogue; the plan that a rank gets back has
+  /// none.
+  OrderedMap<std::string, ObjectPath> planner_data;
   friend bool operator==(const SavePlan&, const SavePlan&) = default;
 };
 

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// Transport: how the ranks of one save or load talk. Byte messages between pairs, in order, with a deadline on silence. What carries the bytes
-// (a c10d store, threads of one process, a simulator) is not known to the protocol.
+// Transport: how the ranks of one save or load talk. Byte messages between pairs, in order, with a deadline on silence.
+// What carries the bytes (a c10d store, threads of one process, a simulator) is not known to the protocol.
+//
+// The protocol talks in a star: every rank sends to rank 0 and waits for its answer. A rank that is alive sends and
+// receives the same number of messages whether a step succeeds or fails, so a transport can carry one operation after
+// the other, also after errors.
 
-#include <chrono>
+#include <exception>
+#include <functional>
+#include <span>
 
 #include "reshard/core/bytes.h"
 
@@ -14,12 +20,27 @@ class Transport {
   virtual ~Transport() = default;
   virtual int rank() const = 0;
   virtual int world_size() const = 0;
-  /// Hands the message over and returns; messages of a pair arrive in order. Throws kUnavailable when the medium is lost.
+
+  /// Hands the message over and returns; messages of a pair arrive in order. A peer that is gone is no error here.
+  /// Throws kUnavailable when the medium is lost.
   virtual void send(int to, ByteSpan message) = 0;
-  /// The next message of that rank. A rank at work shows it by heartbeat(); when neither a message nor a heartbeat of it came for the
-  /// deadline, throws kTimeout naming the rank. Throws kUnavailable when the rank or the medium is known to be lost. Waiting counts as
-  /// a sign of life of this rank.
+
+  /// The next message of that rank. A rank at work shows it by heartbeat(); when neither a message nor a heartbeat of
+  /// it came for the deadline, throws kTimeout naming the rank, and the message that was waited for is dropped should
+  /// it still come. Throws kUnavailable when the rank or the medium is known to be lost. Waiting counts as a sign of
+  /// life of this rank.
   virtual Bytes receive(int from) = 0;
+
+  /// What came of waiting for one rank.
+  struct Arrival {
+    int from = 0;
+    Bytes message;
+    std::exception_ptr error;  // set: what receive() would have thrown
+  };
+  /// receive() from each of `from`. Calls `arrived` once for each, on this thread, in any order. A transport that can
+  /// watches them all at once, so that many silent ranks cost one deadline; the default waits for one after the other.
+  virtual void gather(std::span<const int> from, const std::function<void(Arrival)>& arrived);
+
   /// Tells the other ranks that this one makes progress. Cheap to call often (it limits its own rate); any thread.
   virtual void heartbeat() noexcept = 0;
 };

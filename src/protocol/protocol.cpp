@@ -1,0 +1,532 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/protocol/protocol.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <map>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <utility>
+
+#include "reshard/format/sha256.h"
+#include "reshard/format/sidecar.h"
+#include "reshard/planner/plan_wire.h"
+
+namespace reshard {
+namespace {
+
+// Message: mark, operation, step, ok; then what the step sends. A message that is not ok holds the failure instead:
+// one rank's to the coordinator, all ranks' from it.
+constexpr uint8_t kMessageMark = 0x5A;
+enum class Operation : uint8_t { kSave = 1, kLoad = 2 };
+enum class Step : uint8_t { kMetadata = 1, kPlan = 2, kTransfer = 3 };
+
+// Texts are cut so that an error of thousands of ranks stays a message of moderate size for each of them.
+constexpr size_t kMaxFailureText = 16 << 10;
+constexpr size_t kMinFailureText = 512;
+constexpr size_t kMaxFailureTexts = 256 << 10;
+
+using Failures = std::map<int, RankFailure>;
+
+const char* name_of(Operation operation) { return operation == Operation::kSave ? "save" : "load"; }
+
+const char* name_of(Operation operation, Step step) {
+  switch (step) {
+    case Step::kMetadata:
+      return "metadata";
+    case Step::kPlan:
+      return "plan";
+    case Step::kTransfer:
+      return operation == Operation::kSave ? "write" : "read";
+  }
+  return "?";
+}
+
+/// current_failure() for places that must not throw.
+RankFailure caught_failure() noexcept {
+  try {
+    return current_failure();
+  } catch (...) {
+    return {ErrorCode::kUnavailable, "out of memory"};
+  }
+}
+
+void put_failure(ByteWriter& out, const RankFailure& failure, size_t limit) {
+  out.u8(static_cast<uint8_t>(failure.code));
+  out.string(std::string_view(failure.message).substr(0, limit));
+}
+
+RankFailure get_failure(ByteReader& in) {
+  const uint8_t code = in.u8();
+  if (code > static_cast<uint8_t>(ErrorCode::kInternal)) {
+    throw Error(ErrorCode::kCorruptData, "unknown error code in a message", {.found = std::to_string(code)});
+  }
+  RankFailure failure;
+  failure.code = static_cast<ErrorCode>(code);
+  failure.message = in.string();
+  return failure;
+}
+
+/// One operation over a transport, seen from this rank. Each step is one round trip of every rank to the coordinator.
+class Star {
+ public:
+  Star(Transport& transport, Operation operation) : transport_(transport), operation_(operation) {}
+
+  bool is_coordinator() const { return transport_.rank() == 0; }
+  int rank() const { return transport_.rank(); }
+  size_t world_size() const { return static_cast<size_t>(transport_.world_size()); }
+
+  /// What this rank did in a step: the message that it sends, or why it failed.
+  struct Part {
+    Bytes message;
+    std::optional<RankFailure> failure;
+  };
+  /// Runs this rank's work of a step; `body` returns what to send.
+  template <class Body>
+  Part attempt(Step step, Body&& body) {
+    try {
+      return {message(step, body()), std::nullopt};
+    } catch (...) {
+      return {{}, caught_failure()};
+    }
+  }
+
+  /// What the coordinator does in a step. Both are optional.
+  struct Coordination {
+    /// Takes what a rank other than 0 sent, in the order in which messages come. What it throws is that rank's failure.
+    std::function<void(int rank, ByteSpan payload)> take;
+    /// After all parts succeeded and were taken. Returns the answers: one a rank, or one for all.
+    std::function<std::vector<Bytes>()> decide;
+    /// The step's name in errors of decide().
+    const char* decide_name;
+  };
+  /// Ends a step: all ranks come together, and each gets its answer, or all throw the same CheckpointError. A rank that
+  /// loses the coordinator after it sent a vote that can lead to a commit says so (`can_commit`). `committed` is read
+  /// when the coordinator's decide() has thrown.
+  Bytes finish(Step step, Part part, const Coordination& coordination, bool can_commit, const Committed& committed) {
+    return is_coordinator() ? coordinate(step, std::move(part), coordination, committed)
+                            : participate(step, std::move(part), can_commit);
+  }
+  Bytes finish(Step step, Part part, const Coordination& coordination) {
+    return finish(step, std::move(part), coordination, false, Committed::kNo);
+  }
+
+  /// Throws if an answer could not be handed over. To be called after the last step.
+  void check_all_answered(Step step, Committed committed) const {
+    if (!unreached_.empty()) throw CheckpointError(name_of(operation_, step), unreached_, committed);
+  }
+
+ private:
+  Bytes message(Step step, ByteSpan payload, bool ok = true) const {
+    ByteWriter out;
+    out.buffer().reserve(payload.size() + 4);
+    out.u8(kMessageMark);
+    out.u8(static_cast<uint8_t>(operation_));
+    out.u8(static_cast<uint8_t>(step));
+    out.u8(ok);
+    out.bytes(payload);
+    return out.take();
+  }
+
+  Bytes participate(Step step, Part part, bool can_commit) {
+    const Committed unless_told = can_commit && !part.failure ? Committed::kUnknown : Committed::kNo;
+    try {
+      if (part.failure) {
+        ByteWriter out;
+        put_failure(out, *part.failure, kMaxFailureText);
+        part.message = message(step, out.buffer(), false);
+      }
+      transport_.send(0, part.message);
+      const Bytes answer = transport_.receive(0);
+      ByteReader in(answer, "message of the coordinator");
+      if (in.u8() != kMessageMark) throw Error(ErrorCode::kCorruptData, "message of the coordinator has no mark");
+      const uint8_t operation = in.u8();
+      const uint8_t answered = in.u8();
+      if (in.u8() == 0) throw_failures(in);
+      if (operation != static_cast<uint8_t>(operation_) || answered != static_cast<uint8_t>(step)) {
+        throw Error(ErrorCode::kFailedPrecondition, "the coordinator is at another step than this rank");
+      }
+      const ByteSpan payload = in.bytes(in.remaining());
+      return Bytes(payload.begin(), payload.end());
+    } catch (const CheckpointError&) {
+      throw;
+    } catch (...) {
+      Failures failures{{0, caught_failure()}};
+      if (part.failure) failures.emplace(rank(), std::move(*part.failure));
+      throw CheckpointError(name_of(operation_, step), std::move(failures), unless_told);
+    }
+  }
+
+  [[noreturn]] static void throw_failures(ByteReader& in) {
+    std::string step = in.string();
+    const uint8_t committed = in.u8();
+    if (committed > static_cast<uint8_t>(Committed::kUnknown)) {
+      throw Error(ErrorCode::kCorruptData, "message of the coordinator has an unknown outcome");
+    }
+    Failures failures;
+    for (size_t n = in.count(3); n > 0; --n) {
+      const auto rank = static_cast<int>(in.varint());
+      failures.emplace(rank, get_failure(in));
+    }
+    if (failures.empty()) throw Error(ErrorCode::kCorruptData, "message of the coordinator names no cause");
+    throw CheckpointError(std::move(step), std::move(failures), static_cast<Committed>(committed));
+  }
+
+  Bytes coordinate(Step step, Part part, const Coordination& coordination, const Committed& committed) {
+    Failures failures = unreached_;
+    const char* failed_step = name_of(operation_, step);
+    if (part.failure) failures.emplace(0, std::move(*part.failure));
+    try {
+      std::vector<int> others;
+      for (int r = 1; r < transport_.world_size(); ++r) {
+        if (!unreached_.contains(r)) others.push_back(r);
+      }
+      transport_.gather(others, [&](Transport::Arrival arrival) {
+        try {
+          if (auto failure = accept(step, arrival, coordination)) failures.emplace(arrival.from, std::move(*failure));
+        } catch (...) {
+          failures.emplace(arrival.from, caught_failure());
+        }
+      });
+    } catch (...) {
+      failures.emplace(0, caught_failure());
+    }
+
+    std::vector<Bytes> answers;
+    if (failures.empty()) {
+      try {
+        answers = coordination.decide ? coordination.decide() : std::vector<Bytes>(1);
+        for (Bytes& answer : answers) answer = message(step, answer);
+      } catch (...) {
+        failures.emplace(0, caught_failure());
+        failed_step = coordination.decide_name;
+      }
+    }
+    if (failures.empty()) {
+      send_all(answers);
+      return {};
+    }
+
+    const size_t limit = std::clamp(kMaxFailureTexts / failures.size(), kMinFailureText, kMaxFailureText);
+    ByteWriter out;
+    out.string(failed_step);
+    out.u8(static_cast<uint8_t>(committed));
+    out.varint(failures.size());
+    for (auto& [rank, failure] : failures) {
+      if (failure.message.size() > limit) failure.message.resize(limit);
+      out.varint(static_cast<uint64_t>(rank));
+      put_failure(out, failure, limit);
+    }
+    send_all({message(step, out.buffer(), false)});
+    throw CheckpointError(failed_step, std::move(failures), committed);
+  }
+
+  /// What a message says that went wrong; otherwise gives its payload to take().
+  std::optional<RankFailure> accept(Step step, const Transport::Arrival& arrival, const Coordination& coordination) {
+    if (arrival.error) std::rethrow_exception(arrival.error);
+    const std::string from = "rank " + std::to_string(arrival.from);
+    ByteReader in(arrival.message, "message");
+    if (in.u8() != kMessageMark) throw Error(ErrorCode::kCorruptData, "message of " + from + " has no mark");
+    const uint8_t operation = in.u8();
+    const uint8_t sent_step = in.u8();
+    const bool ok = in.u8() != 0;
+    if (operation != static_cast<uint8_t>(operation_)) {
+      throw Error(ErrorCode::kFailedPrecondition, from + " called " + name_of(static_cast<Operation>(operation)) +
+                                                      " while rank 0 called " + name_of(operation_));
+    }
+    if (sent_step != static_cast<uint8_t>(step)) {
+      throw Error(ErrorCode::kFailedPrecondition, from + " is at another step than rank 0");
+    }
+    if (!ok) return get_failure(in);
+    if (coordination.take) coordination.take(arrival.from, in.bytes(in.remaining()));
+    return std::nullopt;
+  }
+
+  void send_all(const std::vector<Bytes>& answers) {
+    for (int r = 1; r < transport_.world_size(); ++r) {
+      try {
+        transport_.send(r, answers[answers.size() == 1 ? 0 : static_cast<size_t>(r)]);
+      } catch (...) {
+        // It waits for an answer that does not come: in the next step nobody must wait for it.
+        unreached_.emplace(r, caught_failure());
+      }
+    }
+  }
+
+  Transport& transport_;
+  const Operation operation_;
+  Failures unreached_;
+};
+
+std::string random_uuid() {
+  std::random_device random;
+  std::array<uint32_t, 4> words;
+  for (uint32_t& word : words) word = random();
+  words[1] = (words[1] & 0xFFFF0FFFu) | 0x00004000u;  // version 4: random
+  words[2] = (words[2] & 0x3FFFFFFFu) | 0x80000000u;  // variant of RFC 4122
+  std::array<char, 37> text;
+  std::snprintf(text.data(), text.size(), "%08x-%04x-%04x-%04x-%04x%08x", words[0], words[1] >> 16, words[1] & 0xFFFF,
+                words[2] >> 16, words[2] & 0xFFFF, words[3]);
+  return text.data();
+}
+
+/// What a vote says: which plan a rank carried out, and which receipts it holds.
+struct Vote {
+  static constexpr size_t kDigestBytes = 16;
+  using Digest = std::array<std::byte, kDigestBytes>;
+  Digest plan{};
+  Digest receipts{};
+
+  static Digest shorten(const Sha256Digest& digest) {
+    Digest result;
+    std::copy_n(digest.begin(), kDigestBytes, result.begin());
+    return result;
+  }
+  Bytes encode() const {
+    ByteWriter out;
+    out.bytes(plan);
+    out.bytes(receipts);
+    return out.take();
+  }
+  static Vote decode(ByteSpan payload) {
+    ByteReader in(payload, "vote");
+    Vote vote;
+    std::ranges::copy(in.bytes(kDigestBytes), vote.plan.begin());
+    std::ranges::copy(in.bytes(kDigestBytes), vote.receipts.begin());
+    if (!in.at_end()) throw Error(ErrorCode::kCorruptData, "vote has bytes after its end");
+    return vote;
+  }
+  friend bool operator==(const Vote&, const Vote&) = default;
+};
+
+/// The save as the coordinator knows it between planning and commit.
+struct CoordinatedSave {
+  std::vector<Vote> expected;  // a rank
+  Metadata metadata;
+  SaveResult result;
+};
+
+/// Every item that the commit will name has been written where it will say, or the rank that did not is named.
+void check_vote(const Vote& vote, int rank, const CoordinatedSave& save) {
+  const Vote& expected = save.expected[static_cast<size_t>(rank)];
+  if (vote == expected) return;
+  throw Error(ErrorCode::kInternal,
+              vote.plan == expected.plan ? "the receipts do not match the plan: other items, places or order"
+                                         : "another plan was carried out than the coordinator sent",
+              {.rank = rank});
+}
+
+/// A plan of one rank in a message: the save's id, then the plan.
+Bytes encode_part(const std::string& save_id, const SavePlan& plan) {
+  ByteWriter out;
+  out.string(save_id);
+  out.bytes(encode_save_plan(plan));
+  return out.take();
+}
+
+/// Plans for all ranks; keeps what is needed to judge the votes and to commit. Returns what each rank is told, and its
+/// own plan in `own`.
+std::vector<Bytes> plan_globally(std::vector<SavePlan> local_plans, SavePlanner& planner, StorageWriter& writer,
+                                 Transport& transport, CoordinatedSave& save, SavePlan& own) {
+  const size_t world_size = local_plans.size();
+  GlobalSavePlan global = planner.create_global_plan(std::move(local_plans));
+  transport.heartbeat();
+  test_point("save.planned_globally");
+  save.result.save_id = random_uuid();
+  writer.begin_save(save.result.save_id);
+  std::vector<SavePlan> plans = writer.prepare_global_plan(std::move(global.plans));
+  transport.heartbeat();
+  if (plans.size() != world_size) {
+    throw Error(ErrorCode::kInternal, "planner or storage writer lost plans",
+                {.wanted = std::to_string(world_size), .found = std::to_string(plans.size())});
+  }
+
+  save.metadata = std::move(global.metadata);
+  save.metadata.storage_meta = StorageMeta{
+      .checkpoint_id = writer.checkpoint_id(), .save_id = save.result.save_id, .load_id = std::nullopt, .modules = {}};
+  save.metadata.version = kMetadataVersion;
+  save.metadata.sidecars = static_cast<int64_t>(world_size);
+  size_t items = 0;
+  for (const SavePlan& plan : plans) items += plan.items.size();
+  save.metadata.storage_data.reserve(items);
+
+  std::vector<Bytes> answers(world_size);
+  save.expected.resize(world_size);
+  for (size_t r = 0; r < world_size; ++r) {
+    SavePlan& plan = plans[r];
+    if (plan.storage.size() != plan.items.size()) {
+      throw Error(ErrorCode::kInternal, "storage writer did not place every item", {.rank = static_cast<int>(r)});
+    }
+    plan.planner_data = {};  // is in the catalogue; no rank needs it to write
+    answers[r] = encode_part(save.result.save_id, plan);
+    ReceiptsDigest receipts;
+    for (size_t i = 0; i < plan.items.size(); ++i) {
+      receipts.add(plan.items[i].index, plan.storage[i]);
+      if (!save.metadata.storage_data.insert(plan.items[i].index, plan.storage[i])) {
+        throw Error(ErrorCode::kInternal, "an item is written twice", {.key = to_string(plan.items[i].index)});
+      }
+      save.result.bytes_written += plan.storage[i].length;
+    }
+    save.result.items += plan.items.size();
+    save.expected[r] = {Vote::shorten(Sha256::of(answers[r])), Vote::shorten(receipts.finish())};
+    if (r == 0) own = std::move(plan);
+    plan = {};
+    transport.heartbeat();
+  }
+  test_point("save.placed");
+  return answers;
+}
+
+SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePlanner& planner, StorageWriter& writer,
+                const ProgressFn& progress) {
+  CoordinatedSave coordinated;
+  Committed committed = Committed::kNo;
+  SavePlan plan;
+
+  std::vector<SavePlan> local_plans(star.is_coordinator() ? star.world_size() : 0);
+  auto part = star.attempt(Step::kPlan, [&] {
+    planner.set_up_planner(state, star.is_coordinator());
+    plan = planner.create_local_plan();
+    test_point("save.planned");
+    return star.is_coordinator() ? Bytes() : encode_save_plan(plan);
+  });
+  const Bytes answer = star.finish(
+      Step::kPlan, std::move(part),
+      {.take = [&](int rank, ByteSpan payload) { local_plans[static_cast<size_t>(rank)] = decode_save_plan(payload); },
+       .decide =
+           [&] {
+             local_plans[0] = std::move(plan);
+             return plan_globally(std::move(local_plans), planner, writer, transport, coordinated, plan);
+           },
+       .decide_name = "plan"});
+
+  StorageContext context{.save_id = coordinated.result.save_id,
+                         .rank = star.rank(),
+                         .world_size = static_cast<int>(star.world_size()),
+                         .progress = [&](const Progress& done) {
+                           transport.heartbeat();
+                           if (progress) progress(done);
+                         }};
+  part = star.attempt(Step::kTransfer, [&] {
+    Vote vote;
+    if (star.is_coordinator()) {
+      vote.plan = coordinated.expected[0].plan;
+    } else {
+      ByteReader in(answer, "plan of the coordinator");
+      context.save_id = in.string();
+      plan = decode_save_plan(in.bytes(in.remaining()));
+      vote.plan = Vote::shorten(Sha256::of(answer));
+    }
+    plan = planner.finish_plan(std::move(plan));
+    test_point("save.before_write");
+    const std::vector<WriteResult> results = writer.write_data(plan, planner, context);
+    test_point("save.written");
+    ReceiptsDigest receipts;
+    for (const WriteResult& result : results) receipts.add(result.index, result.storage);
+    vote.receipts = Vote::shorten(receipts.finish());
+    if (star.is_coordinator()) check_vote(vote, 0, coordinated);
+    test_point("save.before_vote");
+    return vote.encode();
+  });
+  const Bytes outcome =
+      star.finish(Step::kTransfer, std::move(part),
+                  {.take = [&](int rank, ByteSpan payload) { check_vote(Vote::decode(payload), rank, coordinated); },
+                   .decide =
+                       [&] {
+                         test_point("save.before_commit");
+                         writer.finish(coordinated.metadata, context, committed);
+                         committed = Committed::kYes;
+                         test_point("save.after_commit");
+                         ByteWriter out;
+                         out.varint(coordinated.result.bytes_written);
+                         out.varint(coordinated.result.items);
+                         return std::vector<Bytes>{out.take()};
+                       },
+                   .decide_name = "commit"},
+                  true, committed);
+  star.check_all_answered(Step::kTransfer, committed);
+  if (star.is_coordinator()) return coordinated.result;
+  ByteReader in(outcome, "outcome of the save");
+  SaveResult result{.save_id = context.save_id};
+  result.bytes_written = in.varint();
+  result.items = in.varint();
+  return result;
+}
+
+LoadReport load(Star& star, Transport& transport, LoadState& state, LoadPlanner& planner, StorageReader& reader,
+                const ProgressFn& progress) {
+  Metadata metadata;
+  auto part = star.attempt(Step::kMetadata, [&] {
+    test_point("load.before_metadata");
+    return Bytes();
+  });
+  const Bytes catalogue =
+      star.finish(Step::kMetadata, std::move(part),
+                  {.take = {},
+                   .decide =
+                       [&] {
+                         metadata = reader.read_metadata();
+                         test_point("load.metadata_read");
+                         return std::vector<Bytes>{star.world_size() == 1 ? Bytes() : encode_catalogue(metadata)};
+                       },
+                   .decide_name = "metadata"});
+
+  LoadPlan plan;
+  part = star.attempt(Step::kPlan, [&] {
+    if (!star.is_coordinator()) metadata = decode_catalogue(catalogue);
+    reader.set_up_storage_reader(metadata);
+    planner.set_up_planner(state, metadata, star.is_coordinator());
+    plan = planner.create_local_plan();
+    test_point("load.planned");
+    return Bytes();
+  });
+  star.finish(Step::kPlan, std::move(part), {.take = {}, .decide = {}, .decide_name = "plan"});
+
+  part = star.attempt(Step::kTransfer, [&] {
+    const StorageContext context{.save_id = {},
+                                 .rank = star.rank(),
+                                 .world_size = static_cast<int>(star.world_size()),
+                                 .progress = [&](const Progress& done) {
+                                   transport.heartbeat();
+                                   if (progress) progress(done);
+                                 }};
+    test_point("load.before_read");
+    reader.read_data(plan, planner, context);
+    test_point("load.read");
+    return Bytes();
+  });
+  star.finish(Step::kTransfer, std::move(part), {.take = {}, .decide = {}, .decide_name = "read"});
+  star.check_all_answered(Step::kTransfer, Committed::kNo);
+  return planner.report();
+}
+
+}  // namespace
+
+SaveResult run_save(Transport& transport, const SaveState& state, SavePlanner& planner, StorageWriter& writer,
+                    const ProgressFn& progress) {
+  Star star(transport, Operation::kSave);
+  try {
+    return save(star, transport, state, planner, writer, progress);
+  } catch (const CheckpointError& error) {
+    if (error.committed() == Committed::kNo) writer.abandon();
+    throw;
+  } catch (...) {
+    throw CheckpointError("save", {{star.rank(), caught_failure()}}, Committed::kUnknown);
+  }
+}
+
+LoadReport run_load(Transport& transport, LoadState& state, LoadPlanner& planner, StorageReader& reader,
+                    const ProgressFn& progress) {
+  Star star(transport, Operation::kLoad);
+  try {
+    return load(star, transport, state, planner, reader, progress);
+  } catch (const CheckpointError&) {
+    throw;
+  } catch (...) {
+    throw CheckpointError("load", {{star.rank(), caught_failure()}}, Committed::kNo);
+  }
+}
+
+}  // namespace reshard
