@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/distributed/process_group.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+
+#include "reshard/core/error.h"
+#include "reshard/testing/torch_distributed_test.h"
+
+namespace reshard {
+namespace {
+
+using ::testing::HasSubstr;
+
+template <class Body>
+Error error_of(Body&& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    return error;
+  }
+  ADD_FAILURE() << "no error";
+  return Error(ErrorCode::kInternal, "none");
+}
+
+RESHARD_DEVICE_TEST(ProcessGroupTest, CollectivesGiveTheValuesOfAllRanks, .ranks = {2}, .one_gpu_ranks = {1, 2}) {
+  const auto world = process_group();
+  const int n = world->size();
+  at::Tensor mine = at::full({3}, rank() + 1.0, device());
+  at::Tensor all = at::empty({3 * n}, mine.options());
+  world->all_gather_into(all, mine);
+  for (int r = 0; r < n; ++r) EXPECT_EQ(all[3 * r].item<float>(), r + 1);
+
+  at::Tensor input = at::arange(2 * n, mine.options()) * (rank() + 1);
+  at::Tensor part = at::empty({2}, mine.options());
+  const double ranks_sum = n * (n + 1) / 2.0;
+  world->reduce_scatter_into(part, input, /*average=*/false);
+  EXPECT_EQ(part[1].item<float>(), (2 * rank() + 1) * ranks_sum);
+  world->reduce_scatter_into(part, input, /*average=*/true);
+  EXPECT_EQ(part[1].item<float>(), (2 * rank() + 1) * ranks_sum / n);
+
+  at::Tensor sum = at::full({}, rank() + 1.0, device());
+  world->all_reduce_sum(sum);
+  EXPECT_EQ(sum.item<double>(), ranks_sum);
+  at::Tensor root = at::full({}, rank(), device());
+  world->broadcast(root, n - 1);
+  EXPECT_EQ(root.item<int>(), n - 1);
+  world->barrier();
+  EXPECT_EQ(world->traffic().collectives, 5u);
+}
+
+RESHARD_DISTRIBUTED_TEST(ProcessGroupTest, NewGroupsTalkAmongThemselves, .ranks = 4) {
+  process_group();
+  const auto even = new_group({0, 2});
+  const auto odd = new_group({3, 1});  // group order is the order given
+  const auto mine = rank() % 2 == 0 ? even : odd;
+  const auto other = rank() % 2 == 0 ? odd : even;
+  EXPECT_TRUE(mine->is_member());
+  EXPECT_FALSE(other->is_member());
+  EXPECT_EQ(mine->rank(), rank() == 0 || rank() == 3 ? 0 : 1);
+  at::Tensor sum = at::full({}, rank(), at::kInt);
+  mine->all_reduce_sum(sum);
+  EXPECT_EQ(sum.item<int>(), rank() % 2 == 0 ? 2 : 4);
+  mine->barrier();
+  at::Tensor t = at::zeros({1});
+  const Error error = error_of([&] { other->all_reduce_sum(t); });
+  EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+  EXPECT_THAT(error.what(), HasSubstr("not a member"));
+  for (const std::vector<int>& wrong : {std::vector<int>{}, {0, 4}, {-1}, {1, 1}}) {
+    EXPECT_EQ(error_of([&] { new_group(wrong); }).code(), ErrorCode::kInvalidArgument);
+  }
+}
+
+// The others must learn of a killed rank at once, not at the deadline.
+RESHARD_DISTRIBUTED_TEST(ProcessGroupTest, AKilledPeerIsAnErrorOfTheCollective, .ranks = 2,
+                         .expected = {{1, killed_by(SIGKILL)}}) {
+  const auto world = process_group();
+  world->barrier();
+  if (rank() == 1) raise(SIGKILL);
+  at::Tensor t = at::zeros({1});
+  const Error error = error_of([&] { world->all_reduce_sum(t); });
+  EXPECT_EQ(error.code(), ErrorCode::kUnavailable);
+  EXPECT_THAT(error.what(), HasSubstr("all_reduce on process group \"default\""));
+}
+
+TEST(ProcessGroupEnvironmentTest, AProcessAloneIsAGroupOfOne) {
+  const auto world = init_process_group();
+  EXPECT_EQ(world->size(), 1);
+  at::Tensor t = at::full({2}, 3.0);
+  world->all_reduce_sum(t);
+  world->barrier();
+  EXPECT_EQ(t[0].item<float>(), 3);
+  EXPECT_EQ(error_of([] { init_process_group(); }).code(), ErrorCode::kFailedPrecondition);
+  destroy_process_group();
+  EXPECT_EQ(error_of([] { default_process_group(); }).code(), ErrorCode::kFailedPrecondition);
+}
+
+TEST(ProcessGroupEnvironmentTest, UnknownBackendsAreNamed) {
+  const Error error = error_of([] { init_process_group({.backend = "cpu:mpi"}); });
+  EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+  EXPECT_THAT(error.what(), HasSubstr("cpu:mpi"));
+}
+
+TEST(ProcessGroupEnvironmentTest, AWrongOrPartialEnvironmentIsNamed) {
+  setenv("RANK", "zero", 1);
+  Error error = error_of([] { init_process_group(); });
+  EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+  EXPECT_THAT(error.what(), HasSubstr("RANK"));
+  setenv("RANK", "0", 1);
+  error = error_of([] { init_process_group(); });
+  EXPECT_THAT(error.what(), HasSubstr("WORLD_SIZE"));
+  unsetenv("RANK");
+}
+
+// A port in use, and a rendezvous that nobody serves.
+TEST(ProcessGroupEnvironmentTest, ARendezvousThatCannotBeIsAnErrorWithinItsDeadline) {
+  const int listener = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  ASSERT_EQ(bind(listener, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+  ASSERT_EQ(listen(listener, 1), 0);
+  socklen_t length = sizeof address;
+  getsockname(listener, reinterpret_cast<sockaddr*>(&address), &length);
+  setenv("RANK", "0", 1);
+  setenv("WORLD_SIZE", "2", 1);
+  setenv("MASTER_ADDR", "127.0.0.1", 1);
+  setenv("MASTER_PORT", std::to_string(ntohs(address.sin_port)).c_str(), 1);
+  Error error = error_of([] { init_process_group({.timeout = std::chrono::milliseconds(500)}); });
+  EXPECT_THAT(error.what(), HasSubstr("MASTER_PORT " + std::to_string(ntohs(address.sin_port))));
+  EXPECT_THAT(error.what(), HasSubstr("cannot serve"));
+  close(listener);
+
+  setenv("RANK", "1", 1);
+  const auto start = std::chrono::steady_clock::now();
+  error = error_of([] { init_process_group({.timeout = std::chrono::milliseconds(500)}); });
+  EXPECT_THAT(error.what(), HasSubstr("cannot reach"));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+  for (const char* name : {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}) unsetenv(name);
+}
+
+}  // namespace
+}  // namespace reshard

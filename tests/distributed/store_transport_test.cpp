@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/distributed/store_transport.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <csignal>
+#include <thread>
+
+#include "reshard/core/error.h"
+#include "reshard/testing/torch_distributed_test.h"
+
+namespace reshard {
+namespace {
+
+using std::chrono::milliseconds;
+using ::testing::HasSubstr;
+using Clock = std::chrono::steady_clock;
+
+Bytes pattern(size_t n, int seed) {
+  Bytes bytes(n);
+  for (size_t i = 0; i < n; ++i) bytes[i] = static_cast<std::byte>(i * 31 + static_cast<size_t>(seed));
+  return bytes;
+}
+
+RESHARD_DISTRIBUTED_TEST(StoreTransportTest, MessagesArriveWholeAndInOrder, .ranks = 3) {
+  StoreTransport transport(*process_group(), milliseconds(20000));
+  const std::vector<size_t> sizes = {0, 1, 1000, (size_t{4} << 20) - 1, size_t{4} << 20, (size_t{9} << 20) + 3};
+  const int next = (rank() + 1) % 3;
+  const int previous = (rank() + 2) % 3;
+  for (size_t n : sizes) transport.send(next, pattern(n, rank()));
+  for (size_t n : sizes) EXPECT_TRUE(transport.receive(previous) == pattern(n, previous)) << n;
+  // A later operation on the group does not see what an earlier one left behind.
+  transport.send(next, pattern(5, 1));
+  StoreTransport second(*process_group(), milliseconds(20000));
+  second.send(next, pattern(6, rank()));
+  EXPECT_TRUE(second.receive(previous) == pattern(6, previous));
+}
+
+RESHARD_DISTRIBUTED_TEST(StoreTransportTest, TheDeadlineIsOnSilenceNotOnTime, .ranks = 2) {
+  const auto world = process_group();
+  StoreTransport transport(*world, milliseconds(1000));
+  world->barrier();
+  if (rank() == 0) {
+    // Rank 1 works for three deadlines and shows it.
+    EXPECT_EQ(transport.receive(1).size(), 1u);
+    // Then it says nothing more.
+    const auto start = Clock::now();
+    try {
+      transport.receive(1);
+      ADD_FAILURE() << "no error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kTimeout);
+      EXPECT_EQ(error.context().rank, 1);
+      EXPECT_THAT(error.what(), HasSubstr("rank 1 was silent"));
+    }
+    const auto waited = Clock::now() - start;
+    EXPECT_GE(waited, milliseconds(1000));
+    EXPECT_LT(waited, milliseconds(2500));
+  } else {
+    const auto end = Clock::now() + milliseconds(3000);
+    std::mutex mutex;
+    std::condition_variable never;
+    std::unique_lock lock(mutex);
+    while (Clock::now() < end) {  // work that takes its time
+      transport.heartbeat();
+      never.wait_for(lock, milliseconds(50));
+    }
+    transport.send(0, pattern(1, 0));
+  }
+  world->barrier();
+}
+
+RESHARD_DISTRIBUTED_TEST(StoreTransportTest, ALostStoreIsReportedByTheSurvivors, .ranks = 2,
+                         .expected = {{0, killed_by(SIGKILL)}}) {
+  const auto world = process_group();
+  StoreTransport transport(*world, milliseconds(20000));
+  world->barrier();
+  if (rank() == 0) raise(SIGKILL);
+  const auto start = Clock::now();
+  try {
+    transport.receive(0);
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kUnavailable);
+    EXPECT_THAT(error.what(), HasSubstr("the process that hosts it"));
+  }
+  EXPECT_LT(Clock::now() - start, milliseconds(10000));
+}
+
+}  // namespace
+}  // namespace reshard
