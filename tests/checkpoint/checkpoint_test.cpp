@@ -8,28 +8,14 @@
 #include <filesystem>
 #include <fstream>
 
-#include "reshard/core/error.h"
 #include "reshard/testing/torch_distributed_test.h"
+#include "support/temporary_directory.h"
 
 namespace reshard {
 namespace {
 
 using ::testing::HasSubstr;
 namespace fs = std::filesystem;
-
-/// A folder of one process, gone at the end.
-class TempDir {
- public:
-  TempDir() {
-    std::string pattern = (fs::temp_directory_path() / "reshard-test-XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-  }
-  ~TempDir() { fs::remove_all(path_); }
-  std::string str(const std::string& below = "") const { return (path_ / below).string(); }
-
- private:
-  fs::path path_;
-};
 
 template <class Body>
 CheckpointError error_of(Body&& body) {
@@ -49,7 +35,7 @@ ShardedTensor rows_of(int64_t rows, int64_t begin, int64_t end, double fill_scal
 }
 
 TEST(CheckpointTest, OneProcessSavesAndLoadsEveryKindOfValue) {
-  const TempDir dir;
+  const TemporaryDirectory dir;
   const at::Tensor strided = at::arange(12, at::kDouble).view({3, 4}).t();
   const at::Tensor conj = at::complex(at::ones({2}), at::ones({2})).conj();
   const StateDict state{
@@ -61,7 +47,7 @@ TEST(CheckpointTest, OneProcessSavesAndLoadsEveryKindOfValue) {
       {"none", None{}},
       {"flag", true},
       {"list", StateList{1, 2, 3}}};
-  const SaveResult result = save(state, FileSystemWriter(dir.str("ckpt")));
+  const SaveResult result = save(state, FileSystemWriter(dir / "ckpt"));
   EXPECT_GT(result.bytes_written, 0u);
   StateDict target{{"model", StateDict{{"w", at::zeros({4, 3}, at::kDouble)},
                                        {"scalar", at::zeros({})},
@@ -74,7 +60,7 @@ TEST(CheckpointTest, OneProcessSavesAndLoadsEveryKindOfValue) {
                    {"none", 1},
                    {"flag", false},
                    {"list", StateList{}}};
-  const LoadReport report = load(target, FileSystemReader(dir.str("ckpt")));
+  const LoadReport report = load(target, FileSystemReader(dir / "ckpt"));
   EXPECT_TRUE(report.missing.empty() && report.unexpected.empty() && report.cast.empty());
   const StateDict& model = target.at("model");
   EXPECT_TRUE(model.at("w").as<at::Tensor>().equal(strided));
@@ -93,52 +79,52 @@ TEST(CheckpointTest, OneProcessSavesAndLoadsEveryKindOfValue) {
 
 // Counterpart of test_strict and test_load_different_sizes_throws.
 TEST(CheckpointTest, WhatDiffersIsNamedBeforeAnythingIsTouched) {
-  const TempDir dir;
-  save(StateDict{{"a", at::ones({2, 2})}, {"b", at::ones({3})}, {"v", 1}}, FileSystemWriter(dir.str()));
+  const TemporaryDirectory dir;
+  save(StateDict{{"a", at::ones({2, 2})}, {"b", at::ones({3})}, {"v", 1}}, FileSystemWriter(dir.path()));
   const at::Tensor a = at::zeros({2, 2});
 
   StateDict missing{{"a", a}, {"extra", at::zeros({1})}};
-  CheckpointError error = error_of([&] { load(missing, FileSystemReader(dir.str())); });
+  CheckpointError error = error_of([&] { load(missing, FileSystemReader(dir.path())); });
   EXPECT_THAT(error.what(), HasSubstr("Missing key in checkpoint state_dict: extra."));
   EXPECT_EQ(error.failures().at(0).code, ErrorCode::kNotFound);
   EXPECT_TRUE(a.equal(at::zeros({2, 2})));
-  const LoadReport report = load(missing, FileSystemReader(dir.str()), {.allow_partial_load = true});
+  const LoadReport report = load(missing, FileSystemReader(dir.path()), {.allow_partial_load = true});
   EXPECT_EQ(report.missing, std::vector<std::string>{"extra"});
   EXPECT_EQ(report.unexpected, (std::vector<std::string>{"b", "v"}));
   EXPECT_TRUE(a.equal(at::ones({2, 2})));
 
   StateDict shape{{"a", at::zeros({3, 2})}};
-  EXPECT_THAT(error_of([&] { load(shape, FileSystemReader(dir.str())); }).what(), HasSubstr("Size mismatch"));
+  EXPECT_THAT(error_of([&] { load(shape, FileSystemReader(dir.path())); }).what(), HasSubstr("Size mismatch"));
   StateDict dtype{{"a", at::zeros({2, 2}, at::kBFloat16)}};
-  const std::string text = error_of([&] { load(dtype, FileSystemReader(dir.str())); }).what();
+  const std::string text = error_of([&] { load(dtype, FileSystemReader(dir.path())); }).what();
   EXPECT_THAT(text, HasSubstr("float32"));
   EXPECT_THAT(text, HasSubstr("bfloat16"));
-  const LoadReport cast = load(dtype, FileSystemReader(dir.str()), {.allow_cast = true});
+  const LoadReport cast = load(dtype, FileSystemReader(dir.path()), {.allow_cast = true});
   EXPECT_EQ(cast.cast.size(), 1u);
   EXPECT_TRUE(dtype.at("a").as<at::Tensor>().equal(at::ones({2, 2}, at::kBFloat16)));
   StateDict kind{{"v", at::zeros({1})}};
-  EXPECT_THAT(error_of([&] { load(kind, FileSystemReader(dir.str())); }).what(), HasSubstr("v"));
+  EXPECT_THAT(error_of([&] { load(kind, FileSystemReader(dir.path())); }).what(), HasSubstr("v"));
 }
 
 TEST(CheckpointTest, RefusesTensorsThatCannotBeSaved) {
-  const TempDir dir;
+  const TemporaryDirectory dir;
   const at::Tensor sparse = at::ones({2, 2}).to_sparse();
-  const CheckpointError error = error_of([&] { save(StateDict{{"s", sparse}}, FileSystemWriter(dir.str())); });
+  const CheckpointError error = error_of([&] { save(StateDict{{"s", sparse}}, FileSystemWriter(dir.path())); });
   EXPECT_THAT(error.what(), HasSubstr("sparse"));
   EXPECT_EQ(error.committed(), Committed::kNo);
   EXPECT_THAT(error_of([&] {
-                save(StateDict{{"m", at::empty({2}, at::TensorOptions(at::kMeta))}}, FileSystemWriter(dir.str()));
+                save(StateDict{{"m", at::empty({2}, at::TensorOptions(at::kMeta))}}, FileSystemWriter(dir.path()));
               }).what(),
               HasSubstr("meta"));
 }
 
 TEST(CheckpointTest, WritingBehindAutogradsBackIsSeen) {
-  const TempDir dir;
-  save(StateDict{{"w", at::ones({2})}}, FileSystemWriter(dir.str()));
+  const TemporaryDirectory dir;
+  save(StateDict{{"w", at::ones({2})}}, FileSystemWriter(dir.path()));
   at::Tensor w = at::zeros({2}).requires_grad_();
   const at::Tensor y = (w * w).sum();
   StateDict target{{"w", w}};
-  load(target, FileSystemReader(dir.str()));
+  load(target, FileSystemReader(dir.path()));
   EXPECT_THROW(y.backward(), c10::Error) << "a graph that saved the old values must refuse to go on";
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/distributed/process_group.h"
 
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
@@ -10,24 +9,11 @@
 #include <csignal>
 #include <cstdlib>
 
-#include "reshard/core/error.h"
 #include "reshard/testing/torch_distributed_test.h"
+#include "support/expect_error.h"
 
 namespace reshard {
 namespace {
-
-using ::testing::HasSubstr;
-
-template <class Body>
-Error error_of(Body&& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    return error;
-  }
-  ADD_FAILURE() << "no error";
-  return Error(ErrorCode::kInternal, "none");
-}
 
 RESHARD_DEVICE_TEST(ProcessGroupTest, CollectivesGiveTheValuesOfAllRanks, .ranks = {2}, .one_gpu_ranks = {1, 2}) {
   const auto world = process_group();
@@ -69,11 +55,9 @@ RESHARD_DISTRIBUTED_TEST(ProcessGroupTest, NewGroupsTalkAmongThemselves, .ranks 
   EXPECT_EQ(sum.item<int>(), rank() % 2 == 0 ? 2 : 4);
   mine->barrier();
   at::Tensor t = at::zeros({1});
-  const Error error = error_of([&] { other->all_reduce_sum(t); });
-  EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
-  EXPECT_THAT(error.what(), HasSubstr("not a member"));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "not a member", other->all_reduce_sum(t));
   for (const std::vector<int>& wrong : {std::vector<int>{}, {0, 4}, {-1}, {1, 1}}) {
-    EXPECT_EQ(error_of([&] { new_group(wrong); }).code(), ErrorCode::kInvalidArgument);
+    EXPECT_ERROR(ErrorCode::kInvalidArgument, "distinct ranks", new_group(wrong));
   }
 }
 
@@ -84,9 +68,7 @@ RESHARD_DISTRIBUTED_TEST(ProcessGroupTest, AKilledPeerIsAnErrorOfTheCollective, 
   world->barrier();
   if (rank() == 1) raise(SIGKILL);
   at::Tensor t = at::zeros({1});
-  const Error error = error_of([&] { world->all_reduce_sum(t); });
-  EXPECT_EQ(error.code(), ErrorCode::kUnavailable);
-  EXPECT_THAT(error.what(), HasSubstr("all_reduce on process group \"default\""));
+  EXPECT_ERROR(ErrorCode::kUnavailable, "all_reduce on process group \"default\"", world->all_reduce_sum(t));
 }
 
 TEST(ProcessGroupEnvironmentTest, AProcessAloneIsAGroupOfOne) {
@@ -96,25 +78,20 @@ TEST(ProcessGroupEnvironmentTest, AProcessAloneIsAGroupOfOne) {
   world->all_reduce_sum(t);
   world->barrier();
   EXPECT_EQ(t[0].item<float>(), 3);
-  EXPECT_EQ(error_of([] { init_process_group(); }).code(), ErrorCode::kFailedPrecondition);
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "exists already", init_process_group());
   destroy_process_group();
-  EXPECT_EQ(error_of([] { default_process_group(); }).code(), ErrorCode::kFailedPrecondition);
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "init_process_group first", default_process_group());
 }
 
 TEST(ProcessGroupEnvironmentTest, UnknownBackendsAreNamed) {
-  const Error error = error_of([] { init_process_group({.backend = "cpu:mpi"}); });
-  EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
-  EXPECT_THAT(error.what(), HasSubstr("cpu:mpi"));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "cpu:mpi", init_process_group({.backend = "cpu:mpi"}));
 }
 
 TEST(ProcessGroupEnvironmentTest, AWrongOrPartialEnvironmentIsNamed) {
   setenv("RANK", "zero", 1);
-  Error error = error_of([] { init_process_group(); });
-  EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
-  EXPECT_THAT(error.what(), HasSubstr("RANK"));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "RANK", init_process_group());
   setenv("RANK", "0", 1);
-  error = error_of([] { init_process_group(); });
-  EXPECT_THAT(error.what(), HasSubstr("WORLD_SIZE"));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "WORLD_SIZE", init_process_group());
   unsetenv("RANK");
 }
 
@@ -132,15 +109,16 @@ TEST(ProcessGroupEnvironmentTest, ARendezvousThatCannotBeIsAnErrorWithinItsDeadl
   setenv("WORLD_SIZE", "2", 1);
   setenv("MASTER_ADDR", "127.0.0.1", 1);
   setenv("MASTER_PORT", std::to_string(ntohs(address.sin_port)).c_str(), 1);
-  Error error = error_of([] { init_process_group({.timeout = std::chrono::milliseconds(500)}); });
-  EXPECT_THAT(error.what(), HasSubstr("MASTER_PORT " + std::to_string(ntohs(address.sin_port))));
-  EXPECT_THAT(error.what(), HasSubstr("cannot serve"));
+  const ProcessGroupOptions short_wait{.timeout = std::chrono::milliseconds(500)};
+  const std::string where = "(MASTER_ADDR 127.0.0.1, MASTER_PORT " + std::to_string(ntohs(address.sin_port)) + ")";
+  EXPECT_ERROR(ErrorCode::kUnavailable, "cannot serve the store of the rendezvous " + where,
+               init_process_group(short_wait));
   close(listener);
 
   setenv("RANK", "1", 1);
   const auto start = std::chrono::steady_clock::now();
-  error = error_of([] { init_process_group({.timeout = std::chrono::milliseconds(500)}); });
-  EXPECT_THAT(error.what(), HasSubstr("cannot reach"));
+  EXPECT_ERROR(ErrorCode::kTimeout, "cannot reach the store of the rendezvous " + where,
+               init_process_group(short_wait));
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
   for (const char* name : {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}) unsetenv(name);
 }

@@ -1,26 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/state_dict/state_dict.h"
 
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "reshard/core/error.h"
+#include "support/expect_error.h"
 
 namespace reshard {
 namespace {
-
-using ::testing::HasSubstr;
-
-template <class Body>
-Error error_of(Body&& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    return error;
-  }
-  ADD_FAILURE() << "no error";
-  return Error(ErrorCode::kInternal, "none");
-}
 
 TEST(StateDictTest, KeepsTheOrderOfInsertion) {
   StateDict state{{"z", 1}, {"a", 2.5}, {"m", "text"}};
@@ -41,41 +27,29 @@ TEST(StateDictTest, CopiesDeeplyButSharesTensors) {
 
 TEST(StateDictTest, NamesTheMissingKeyAndTheKeysThereAre) {
   const StateDict state{{"model", 1}, {"optim", 2}};
-  const Error error = error_of([&] { state.at("modle"); });
-  EXPECT_EQ(error.code(), ErrorCode::kNotFound);
-  EXPECT_EQ(error.context().key, "modle");
-  EXPECT_THAT(error.what(), HasSubstr("model, optim"));
+  EXPECT_ERROR(ErrorCode::kNotFound, "key modle", state.at("modle"));
+  EXPECT_ERROR(ErrorCode::kNotFound, "model, optim", state.at("modle"));
 }
 
 TEST(StateDictTest, NamesBothTypesWhenTheyDiffer) {
   const StateValue value = at::zeros({1});
-  const Error error = error_of([&] { value.as<int64_t>(); });
-  EXPECT_EQ(error.context().wanted, "int");
-  EXPECT_EQ(error.context().found, "Tensor");
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "wanted int, found Tensor", value.as<int64_t>());
 }
 
 TEST(StateDictTest, RefusesAKeyGivenTwice) {
-  EXPECT_EQ(error_of([] { StateDict{{"a", 1}, {"a", 2}}; }).code(), ErrorCode::kInvalidArgument);
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "given twice", StateDict{{"a", 1}, {"a", 2}});
 }
 
 TEST(ShardedTensorTest, RefusesShardsThatDoNotFit) {
   const at::Tensor two = at::zeros({2, 4});
-  EXPECT_EQ(error_of([&] {
-              ShardedTensor({3, 4}, at::kFloat, {{{{2, 0}, {2, 4}}, two}});
-            }).code(),
-            ErrorCode::kInvalidArgument);
-  EXPECT_THAT(error_of([&] {
-                ShardedTensor({4, 4}, at::kFloat, {{{{0, 0}, {1, 4}}, two}});
-              }).what(),
-              HasSubstr("another shape"));
-  EXPECT_THAT(error_of([&] {
-                ShardedTensor({4, 4}, at::kDouble, {{{{0, 0}, {2, 4}}, two}});
-              }).what(),
-              HasSubstr("another dtype"));
-  EXPECT_THAT(error_of([&] {
-                ShardedTensor({4, 4}, at::kFloat, {{{{0, 0}, {2, 4}}, two}, {{{1, 0}, {2, 4}}, two}});
-              }).what(),
-              HasSubstr("overlaps"));
+  const auto make = [](at::ScalarType dtype, std::vector<LocalShard> shards) {
+    return ShardedTensor({4, 4}, dtype, std::move(shards));
+  };
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "does not lie inside", make(at::kFloat, {{{{3, 0}, {2, 4}}, two}}));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "another shape", make(at::kFloat, {{{{0, 0}, {1, 4}}, two}}));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "another dtype", make(at::kDouble, {{{{0, 0}, {2, 4}}, two}}));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "overlaps",
+               make(at::kFloat, {{{{0, 0}, {2, 4}}, two}, {{{1, 0}, {2, 4}}, two}}));
   const ShardedTensor fits({4, 4}, at::kFloat, {{{{0, 0}, {2, 4}}, two}, {{{2, 0}, {2, 4}}, two}});
   EXPECT_EQ(fits.local_numel(), 16);
 }
