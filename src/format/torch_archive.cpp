@@ -581,12 +581,17 @@ TensorItem read_tensor_item(const ByteSource& source) {
   return *item;
 }
 
+std::optional<ValueArchive::Storage> ValueArchive::storage(std::string_view key) const {
+  const auto it = storages_.find(key);
+  return it == storages_.end() ? std::nullopt : std::optional(it->second);
+}
+
 std::optional<TensorItem> ValueArchive::as_tensor(const Value& value) const {
   return tensor_from_value(value, [&](const std::string& key, uint64_t size) -> StoredBytes {
-    const auto it = storages_.find(key);
-    if (it == storages_.end()) corrupt("no record data/" + key);
-    if (it->second.size != size) wrong_storage_size(key, size, it->second.size);
-    return {it->second.offset, it->second.crc32};
+    const auto stored = storage(key);
+    if (!stored) corrupt("no record data/" + key);
+    if (stored->size != size) wrong_storage_size(key, size, stored->size);
+    return {stored->offset, stored->crc32};
   });
 }
 

@@ -122,19 +122,23 @@ TensorItem read_tensor_item(const ByteSource& item);
 /// A value read from an archive. Moving it keeps the values valid.
 class ValueArchive {
  public:
+  /// A record data/<key> of the archive.
+  struct Storage {
+    uint64_t offset = 0;  // in the item
+    uint64_t size = 0;
+    uint32_t crc32 = 0;  // 0: left out by the writer
+  };
+
   /// The object saved. check_tree() has passed: it may be descended recursively.
   const pickle::Value& root() const { return tree_.root(); }
   /// The tensor that `value` rebuilds; nothing if it is no tensor. Throws kUnsupported for sparse, quantized and nested
   /// ones.
   std::optional<TensorItem> as_tensor(const pickle::Value& value) const;
+  /// Nothing if there is no such record.
+  std::optional<Storage> storage(std::string_view key) const;
 
  private:
   friend ValueArchive decode_value_archive(const ByteSource&);
-  struct Storage {
-    uint64_t offset = 0;
-    uint64_t size = 0;
-    uint32_t crc32 = 0;
-  };
   pickle::Tree tree_;
   std::map<std::string, Storage, std::less<>> storages_;
 };
