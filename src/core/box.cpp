@@ -27,9 +27,11 @@ TilingError overlap(size_t a, size_t b, Dims at) {
 TilingError hole(Dims at) { return {TilingError::Kind::kHole, std::move(at), 0, 0}; }
 
 // The signed-corner method. `full` holds the chunks with elements, `cut` the dimensions that they cut.
-std::optional<TilingError> check_corners(const Dims& shape, std::span<const Box> chunks,
-                                         const std::vector<size_t>& full, const std::vector<size_t>& cut) {
-  // Corners that cancel leave the map at once, so chunks in storage order keep it small.
+std::optional<TilingError> check_corners(const Dims& shape, std::span<const Box> chunks, std::vector<size_t> full,
+                                         const std::vector<size_t>& cut) {
+  // Corners that cancel leave the map at once, and neighbours cancel: in storage order it stays small.
+  const auto before = [&](size_t a, size_t b) { return chunks[a].offsets < chunks[b].offsets; };
+  if (!std::is_sorted(full.begin(), full.end(), before)) std::sort(full.begin(), full.end(), before);
   std::unordered_map<Dims, int64_t, DimsHash> corners;
   const auto add_corners = [&](const Box& box, int64_t sign) {
     Dims corner(cut.size(), 0);
@@ -60,25 +62,33 @@ std::optional<TilingError> check_corners(const Dims& shape, std::span<const Box>
   return overlap(holders.at(0), holders.at(1), std::move(at));
 }
 
+// Number of elements that two boxes inside one tensor have in common.
+int64_t common_volume(const Box& a, const Box& b) {
+  int64_t product = 1;
+  for (size_t i = 0; i < a.sizes.size(); ++i) {
+    const int64_t size = std::min(end_of(a, i), end_of(b, i)) - std::max(a.offsets[i], b.offsets[i]);
+    if (size <= 0) return 0;
+    product *= size;
+  }
+  return product;
+}
+
 // Sweep along one dimension for overlapping pairs; without one, the volumes decide.
 std::optional<TilingError> check_pairs(const Dims& shape, std::span<const Box> chunks, std::vector<size_t> full,
                                        size_t sweep_dim) {
   std::sort(full.begin(), full.end(),
             [&](size_t a, size_t b) { return chunks[a].offsets[sweep_dim] < chunks[b].offsets[sweep_dim]; });
   for (size_t i = 0; i < full.size(); ++i) {
-    for (size_t j = i + 1; j < full.size(); ++j) {
-      if (chunks[full[j]].offsets[sweep_dim] >= end_of(chunks[full[i]], sweep_dim)) break;
-      if (auto common = intersect(chunks[full[i]], chunks[full[j]])) {
-        return overlap(full[i], full[j], std::move(common->offsets));
-      }
+    const Box& chunk = chunks[full[i]];
+    for (size_t j = i + 1; j < full.size() && chunks[full[j]].offsets[sweep_dim] < end_of(chunk, sweep_dim); ++j) {
+      if (common_volume(chunk, chunks[full[j]]) == 0) continue;
+      return overlap(full[i], full[j], intersect(chunk, chunks[full[j]])->offsets);
     }
   }
   // Nothing overlaps from here on, so sums of volumes are exact and never exceed the tensor's.
   const auto has_hole = [&](const Box& region) {
     int64_t covered = 0;
-    for (size_t i : full) {
-      if (const auto common = intersect(region, chunks[i])) covered += volume(common->sizes);
-    }
+    for (size_t i : full) covered += common_volume(region, chunks[i]);
     return covered < volume(region.sizes);
   };
   Box region = whole_box(shape);
@@ -256,7 +266,7 @@ std::optional<TilingError> check_exact_tiling(const Dims& shape, std::span<const
   // proportion to the catalogue.
   constexpr size_t kMaxCorners = size_t{1} << 22;
   if (cut.size() <= 4 || (cut.size() < 22 && full.size() <= kMaxCorners >> cut.size())) {
-    return check_corners(shape, chunks, full, cut);
+    return check_corners(shape, chunks, std::move(full), cut);
   }
   return check_pairs(shape, chunks, std::move(full), cut.front());
 }

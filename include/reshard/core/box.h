@@ -61,6 +61,7 @@ struct TilingError {
   Dims at;        // a coordinate in the hole or in the overlap; the offsets of the chunk for kOutOfBounds
   size_t first;   // index of a chunk involved (kOutOfBounds, kOverlap)
   size_t second;  // index of the other chunk (kOverlap)
+  friend bool operator==(const TilingError&, const TilingError&) = default;
 };
 
 /// "chunks 3 [0, 0]+[2, 8] and 5 [1, 0]+[2, 8] overlap at [1, 0]".
