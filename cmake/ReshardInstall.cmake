@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# Install rules: libraries, headers, the command line, and the package files that make find_package(reshard) work elsewhere.
+# Install rules: libraries, headers, and the package files that make find_package(reshard) work elsewhere. (The command
+# line installs itself, in its own room.)
 #
 # Three export sets, one a component, so that a program that wants reshard::core alone needs neither LibTorch nor GoogleTest.
 include(CMakePackageConfigHelpers)
@@ -26,9 +27,6 @@ endforeach()
 
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/reshard" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 
-if(TARGET reshard_cli)
-  install(TARGETS reshard_cli RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
-endif()
 if(TARGET reshard_cuda)
   # Not linked but opened at run time, by its plain name: the folder is on the run path of every program that uses reshard::reshard.
   set_target_properties(reshard_cuda PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)

@@ -25,6 +25,14 @@ function(reshard_add_library target exported)
                                        PRIVATE ${PROJECT_SOURCE_DIR}/src)
 endfunction()
 
+# reshard_use_torch_pch(<target>): the precompiled LibTorch headers of the library, made once for all (half a minute and hundreds of MB each).
+# GCC takes a precompiled header only under the flags that it was made with, so programs, too, are compiled with -fPIC rather than -fPIE.
+function(reshard_use_torch_pch target)
+  set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE OFF)
+  target_compile_options(${target} PRIVATE -fPIC)
+  target_precompile_headers(${target} REUSE_FROM reshard)
+endfunction()
+
 # reshard_add_test(<name> SOURCES a.cpp ... [LIBRARIES lib ...] [LABELS label ...] [TORCH])
 # A GoogleTest program whose every case is a ctest test. TORCH: it includes LibTorch headers (precompiled header reused).
 function(reshard_add_test name)
@@ -43,7 +51,7 @@ function(reshard_add_test name)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests)
   target_link_libraries(${name} PRIVATE ${arg_LIBRARIES} GTest::gtest GTest::gmock GTest::gtest_main)
   if(arg_TORCH)
-    target_precompile_headers(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src/torch_pch.h")
+    reshard_use_torch_pch(${name})
   endif()
   include(GoogleTest)
   gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES LABELS "${arg_LABELS}" TIMEOUT 300)
