@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/storage/verify.h"
+
+#include <cinttypes>
+#include <cstdio>
+
+#include "cli/commands.h"
+
+namespace reshard::cli {
+
+int verify(const VerifyOptions& options) {
+  const VerifyReport report = verify_checkpoint(options.directory);
+  for (const Error& problem : report.problems) std::fprintf(stderr, "reshard: %s\n", printable(problem.what()).c_str());
+  if (!options.quiet) {
+    for (const std::string& note : report.notes) std::printf("note: %s\n", printable(note).c_str());
+    std::printf("%s: %" PRIu64 " tensors and %" PRIu64 " values in %" PRIu64 " items, %" PRIu64 " files, %s",
+                report.problems.empty() ? "whole" : "broken", report.tensors, report.values, report.items, report.files,
+                readable_bytes(report.bytes).c_str());
+    if (!report.problems.empty()) std::printf("; %zu problems", report.problems.size());
+    std::printf("\n");
+  }
+  return report.problems.empty() ? 0 : 1;
+}
+
+}  // namespace reshard::cli
