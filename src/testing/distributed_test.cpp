@@ -38,6 +38,9 @@ std::string seconds(std::chrono::nanoseconds time) {
   return text.data();
 }
 
+/// Whether this process is a rank that run_parent() started, rather than one of torchrun's.
+bool has_parent() { return std::getenv("RANK") != nullptr && std::getenv(kTempDirVariable) != nullptr; }
+
 // --- in a rank -------------------------------------------------------------------------------------------------------
 
 /// Sends what happens in this rank to the parent, in place of GoogleTest's own text.
@@ -263,7 +266,7 @@ std::vector<std::pair<std::string, DistributedTestOptions>> variants(const Devic
 void prepare_rank_process() {
   static const bool once = [] {
     const char* report = std::getenv(kReportFdVariable);
-    if (report == nullptr || std::getenv("RANK") == nullptr) return true;
+    if (report == nullptr || !has_parent()) return true;  // alone, or under a launcher that reads no records
     const int fd = std::atoi(report);
     fcntl(fd, F_SETFD, FD_CLOEXEC);
     unsetenv(kReportFdVariable);               // not for programs that the body starts
@@ -291,15 +294,15 @@ void DistributedTest::SetUp() {
   if (env->world_size != options().ranks) {
     GTEST_SKIP() << "needs " << testing_detail::plural(options().ranks, "rank") << ", started with " << env->world_size;
   }
-  const bool own_parent = std::getenv(testing_detail::kTempDirVariable) != nullptr;
-  if (!own_parent && nvidia_gpu_count() < options().gpus) {
+  const bool has_parent = testing_detail::has_parent();
+  if (!has_parent && nvidia_gpu_count() < options().gpus) {
     GTEST_SKIP() << "needs " << testing_detail::plural(options().gpus, "GPU") << ", found " << nvidia_gpu_count();
   }
   in_rank_ = true;
   rank_ = env->rank;
   world_size_ = env->world_size;
   local_rank_ = env->local_rank;
-  if (own_parent) {
+  if (has_parent) {
     temp_dir_ = testing_detail::variable(testing_detail::kTempDirVariable);
   } else {
     std::string name = "reshard-" + testing_detail::variable("TORCHELASTIC_RUN_ID") + "-" +

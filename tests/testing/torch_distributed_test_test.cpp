@@ -5,6 +5,8 @@
 
 #include <csignal>
 
+#include "reshard/core/error.h"
+
 namespace reshard {
 namespace {
 
@@ -20,7 +22,9 @@ RESHARD_DEVICE_TEST(TorchDistributedTestTest, RanksMeetInAGroup, .ranks = {2, 3}
 // Rank 0, which serves the store, leaves last: no barrier holds the others back.
 RESHARD_DISTRIBUTED_TEST(TorchDistributedTestTest, RanksMayEndInAnyOrder, .ranks = 3) {
   const auto group = process_group();
-  if (rank() == 2) EXPECT_EQ(group->store()->get("key"), (std::vector<uint8_t>{1, 2}));
+  if (rank() == 2) {
+    EXPECT_EQ(group->store()->get("key"), (std::vector<uint8_t>{1, 2}));
+  }
   if (rank() == 0) group->store()->set("key", std::vector<uint8_t>{1, 2});
 }
 
