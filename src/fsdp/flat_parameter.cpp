@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "fsdp/flat_parameter.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/TensorImpl.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "reshard/core/error.h"
+#include "reshard/core/hooks.h"
+
+namespace reshard {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Elements of a parameter that kDim0Chunks gives to each rank: whole rows, as many as torch.chunk gives to the first.
+int64_t chunk_numel(const Dims& shape, int64_t numel, int64_t ranks) {
+  if (shape.empty()) return 1;
+  return shape[0] == 0 ? 0 : ceil_div(shape[0], ranks) * (numel / shape[0]);
+}
+
+/// A leaf-to-be over `storage` that carries the shard key. Built by hand, because view operators refuse a storage
+/// without memory.
+c10::intrusive_ptr<c10::TensorImpl> keyed_tensor(const c10::Storage& storage, const at::Tensor& like, int64_t offset,
+                                                 const Dims& shape) {
+  auto impl = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(storage),
+                                                   like.key_set().add(kShardKey), like.dtype());
+  const Dims strides = contiguous_strides(shape);
+  impl->set_storage_offset(offset);
+  impl->set_sizes_and_strides({shape.data(), shape.size()}, {strides.data(), strides.size()});
+  return impl;
+}
+
+}  // namespace
+
+at::Tensor byte_view(const at::Tensor& tensor) {
+  const int64_t offset = tensor.storage_offset() * tensor.element_size();
+  return at::empty({0}, tensor.options().dtype(at::kByte))
+      .set_(tensor.storage(), offset, {static_cast<int64_t>(tensor.nbytes())}, {1});
+}
+
+at::Tensor alias_range(const at::Tensor& base, int64_t offset, int64_t numel) {
+  return at::empty({0}, base.options()).set_(base.storage(), base.storage_offset() + offset, {numel}, {1});
+}
+
+FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std::vector<ShardedParameter>& parameters,
+                             const FsdpOptions& options, FsdpMemoryStats& stats,
+                             const std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>& values)
+    : unit_(std::move(unit)),
+      members_(std::move(members)),
+      parameters_(&parameters),
+      group_(options.process_group.get()),
+      layout_(options.layout),
+      poison_freed_(options.poison_freed),
+      requires_grad_(members_.front().handle.requires_grad()),
+      stats_(stats) {
+  const at::NoGradGuard no_grad;
+  const int64_t ranks = group_->size();
+  const int64_t rank = group_->rank();
+  int64_t numel = 0;
+  for (Member& member : members_) {
+    const ShardedParameter& p = parameter(member);
+    member.full_offset = numel;
+    member.shard_offset = shard_numel_;
+    numel += volume(p.shape);
+    shard_numel_ += chunk_numel(p.shape, volume(p.shape), ranks);  // kDim0Chunks; replaced below for kFlat
+  }
+  if (layout_ == ShardLayout::kFlat) shard_numel_ = ceil_div(numel, ranks);
+  for (Member& member : members_) {
+    ShardedParameter& p = parameter(member);
+    const int64_t n = volume(p.shape);
+    if (layout_ == ShardLayout::kFlat) {
+      const int64_t shard_begin = rank * shard_numel_;
+      p.begin = std::clamp<int64_t>(shard_begin - member.full_offset, 0, n);
+      p.end = std::clamp<int64_t>(shard_begin + shard_numel_ - member.full_offset, 0, n);
+      member.shard_offset = std::clamp<int64_t>(member.full_offset - shard_begin, 0, shard_numel_);
+    } else {
+      const int64_t chunk = chunk_numel(p.shape, n, ranks);
+      p.begin = std::min(rank * chunk, n);
+      p.end = std::min((rank + 1) * chunk, n);
+    }
+  }
+
+  const auto tensor_options = at::TensorOptions().dtype(members_.front().handle.dtype()).device(options.device);
+  full_ = at::empty({layout_ == ShardLayout::kFlat ? shard_numel_ * ranks : numel}, tensor_options);
+  full_bytes_ = byte_view(full_);
+  unsharded_ = true;
+  stats_.unsharded_bytes += bytes();
+  stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);
+  full_.narrow(0, numel, full_.numel() - numel).zero_();
+  {
+    std::vector<at::Tensor> handles;
+    for (const Member& member : members_) handles.push_back(member.handle);
+    const std::vector<at::Tensor> given = values(handles);
+    for (size_t i = 0; i < members_.size(); ++i) {
+      full_.narrow(0, members_[i].full_offset, given[i].numel()).view(given[i].sizes()).copy_(given[i]);
+    }
+  }
+  if (options.sync_module_states && full_.numel() > 0) group_->broadcast(full_bytes_, 0);
+
+  shard_ = at::zeros({shard_numel_}, tensor_options);
+  shard_bytes_ = byte_view(shard_);
+  write_back();
+  refused_ = at::Tensor(keyed_tensor(c10::Storage(c10::Storage::use_byte_size_t(), bytes(),
+                                                  at::DataPtr(nullptr, options.device), nullptr, /*resizable=*/false),
+                                     full_, 0, Dims{full_.numel()}));
+  refused_.storage().unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
+      "the module's own handle of a sharded parameter has no gradient: it is in ShardedModule::parameters()");
+  for (Member& member : members_) {
+    ShardedParameter& p = parameter(member);
+    p.slice = alias_range(shard_, member.shard_offset, p.end - p.begin);
+    p.slice.set_requires_grad(requires_grad_);
+    point_handle(member);
+    member.refused_grad = at::Tensor(keyed_tensor(refused_.storage(), full_, member.full_offset, p.shape));
+  }
+  reshard(/*writes_kept=*/true);
+}
+
+FlatParameter::~FlatParameter() {
+  if (unsharded_) reshard(true);
+  drop_gradient();
+}
+
+void FlatParameter::point_handle(Member& member) {
+  member.handle.unsafeGetTensorImpl()->shallow_copy_from(
+      keyed_tensor(full_.storage(), full_, member.full_offset, parameter(member).shape));
+}
+
+bool FlatParameter::owns(const Member& member) const {
+  return member.handle.has_storage() && member.handle.storage().unsafeGetStorageImpl() == storage();
+}
+
+int64_t FlatParameter::version() const {
+  int64_t sum = 0;
+  for (const Member& member : members_) sum += parameter(member).slice._version();
+  return sum;
+}
+
+bool FlatParameter::is_stale() const { return unsharded_ && gathered_version_ != version(); }
+
+void FlatParameter::allocate_whole() {
+  c10::StorageImpl* storage = full_.storage().unsafeGetStorageImpl();
+  storage->clear_data_ptr_access_error_msg_();
+  storage->set_data_ptr_noswap(storage->allocator()->allocate(storage->nbytes()));
+  unsharded_ = true;
+  stats_.unsharded_bytes += bytes();
+  stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);
+}
+
+void FlatParameter::free_whole() {
+  c10::StorageImpl* storage = full_.storage().unsafeGetStorageImpl();
+  // The size stays, so that view operators work on a sharded parameter; every way to its data throws this text.
+  storage->set_data_ptr_noswap(at::DataPtr(nullptr, full_.device()));
+  storage->release_data_and_set_meta_custom_data_ptr_error_msg_("parameters of unit '" + unit_ +
+                                                                "' were read while sharded");
+  unsharded_ = false;
+  stats_.unsharded_bytes -= bytes();
+}
+
+void FlatParameter::copy_chunks(const at::Tensor& chunks, const at::Tensor& whole, bool to_whole) const {
+  const int64_t ranks = group_->size();
+  for (const Member& member : members_) {
+    const Dims& shape = parameter(member).shape;
+    const int64_t n = volume(shape);
+    const int64_t chunk = chunk_numel(shape, n, ranks);
+    for (int64_t rank = 0; rank < ranks && rank * chunk < n; ++rank) {
+      const int64_t length = std::min(chunk, n - rank * chunk);
+      const at::Tensor part = chunks.narrow(0, rank * shard_numel_ + member.shard_offset, length);
+      const at::Tensor place = whole.narrow(0, member.full_offset + rank * chunk, length);
+      to_whole ? place.copy_(part) : part.copy_(place);
+    }
+  }
+}
+
+void FlatParameter::unshard() {
+  const at::NoGradGuard no_grad;
+  const int64_t from_version = version();
+  allocate_whole();
+  try {
+    if (full_.numel() == 0) {
+      // Nothing to send.
+    } else if (layout_ == ShardLayout::kFlat) {
+      group_->all_gather_into(full_bytes_, shard_bytes_);
+    } else {
+      at::Tensor chunks = at::empty({shard_numel_ * group_->size()}, full_.options());
+      const uint64_t extra = chunks.nbytes();
+      stats_.unsharded_bytes += extra;
+      stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);
+      at::Tensor bytes_of_chunks = byte_view(chunks);
+      try {
+        group_->all_gather_into(bytes_of_chunks, shard_bytes_);
+      } catch (...) {
+        stats_.unsharded_bytes -= extra;
+        throw;
+      }
+      copy_chunks(chunks, full_, /*to_whole=*/true);
+      stats_.unsharded_bytes -= extra;
+    }
+  } catch (...) {
+    free_whole();
+    throw;
+  }
+  ++stats_.gathers;
+  gathered_version_ = from_version;
+  for (Member& member : members_) member.handle_version = member.handle._version();
+}
+
+void FlatParameter::reshard(bool writes_kept) {
+  if (!unsharded_) return;
+  for (const Member& member : members_) {
+    if (writes_kept || warned_ || member.handle._version() == member.handle_version) continue;
+    warned_ = true;
+    log(LogLevel::kWarning,
+        "parameter '" + parameter(member).names.front() +
+            "' was written to while it was gathered; the write is lost. Write through SummonFullParams with writeback");
+  }
+  if (poison_freed_) full_bytes_.fill_(0xFF);
+  free_whole();
+}
+
+void FlatParameter::write_back() {
+  const at::NoGradGuard no_grad;
+  for (const Member& member : members_) {
+    const ShardedParameter& p = parameter(member);
+    const int64_t n = p.end - p.begin;
+    shard_.narrow(0, member.shard_offset, n).copy_(full_.narrow(0, member.full_offset + p.begin, n));
+    if (p.slice.defined()) torch::autograd::impl::bump_version(p.slice);
+  }
+}
+
+void FlatParameter::add_gradient(Member& member, const at::Tensor& gradient) {
+  const at::NoGradGuard no_grad;
+  if (!flat_grad_.defined()) {
+    flat_grad_ = at::zeros({full_.numel()}, full_.options());
+    stats_.gradient_bytes += flat_grad_.nbytes();
+    stats_.peak_gradient_bytes = std::max(stats_.peak_gradient_bytes, stats_.gradient_bytes);
+  }
+  const at::Tensor place = flat_grad_.narrow(0, member.full_offset, gradient.numel()).view(gradient.sizes());
+  member.has_grad ? place.add_(gradient) : place.copy_(gradient);
+  member.has_grad = true;
+  if (!member.arrived) ++arrived_;
+  member.arrived = true;
+}
+
+void FlatParameter::reduce_gradient() {
+  const at::NoGradGuard no_grad;
+  at::Tensor reduced = at::empty({shard_numel_}, full_.options());
+  if (full_.numel() > 0) {
+    at::Tensor input = flat_grad_;
+    if (layout_ == ShardLayout::kDim0Chunks) {
+      input = at::zeros({shard_numel_ * group_->size()}, full_.options());
+      copy_chunks(input, flat_grad_, /*to_whole=*/false);
+    }
+    at::Tensor output = reduced;
+    if (input.is_complex()) {  // backends sum real numbers
+      input = at::view_as_real(input).view(-1);
+      output = at::view_as_real(output).view(-1);
+    }
+    group_->reduce_scatter_into(output, input, /*average=*/true);
+  }
+  ++stats_.reductions;
+  for (Member& member : members_) {
+    if (!member.has_grad)
+      continue;  // stays undefined: with zeros, weight decay would move a parameter that was not used
+    at::Tensor& slice = parameter(member).slice;
+    const at::Tensor part = alias_range(reduced, member.shard_offset, slice.numel());
+    if (slice.grad().defined()) {
+      slice.mutable_grad().add_(part);
+    } else {
+      slice.mutable_grad() = part;
+    }
+  }
+  drop_gradient();
+  for (Member& member : members_) {
+    const at::Tensor& slice = parameter(member).slice;
+    member.left_grad = slice.grad().defined() ? slice.grad().unsafeGetTensorImpl() : nullptr;
+    member.left_grad_version = slice.grad().defined() ? slice.grad()._version() : 0;
+    member.left_slice_version = slice._version();
+  }
+}
+
+bool FlatParameter::gradient_is_as_left(const Member& member) const {
+  const at::Tensor& gradient = parameter(member).slice.grad();
+  return gradient.defined() && gradient.unsafeGetTensorImpl() == member.left_grad &&
+         gradient._version() == member.left_grad_version;
+}
+
+void FlatParameter::scale_gradients(double factor) {
+  const at::NoGradGuard no_grad;
+  for (Member& member : members_) {
+    at::Tensor& gradient = parameter(member).slice.mutable_grad();
+    if (!gradient.defined()) continue;
+    const bool as_left = gradient_is_as_left(member);
+    gradient.mul_(factor);
+    if (as_left) member.left_grad_version = gradient._version();
+  }
+}
+
+void FlatParameter::end_pass() {
+  for (Member& member : members_) member.arrived = false;
+  arrived_ = 0;
+}
+
+void FlatParameter::drop_gradient() {
+  end_pass();
+  for (Member& member : members_) member.has_grad = false;
+  if (flat_grad_.defined()) stats_.gradient_bytes -= flat_grad_.nbytes();
+  flat_grad_ = at::Tensor();
+}
+
+}  // namespace reshard
