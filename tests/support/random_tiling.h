@@ -24,7 +24,7 @@ inline Dims random_shape(Random& random, int64_t max_size = 6) {
 }
 
 /// At most `max_parts` boxes that tile a tensor of `shape`: cut at random, or flat ranges as FSDP cuts them.
-inline std::vector<Box> random_tiling(Random& random, const Dims& shape, size_t max_parts = 8) {
+inline std::vector<Box> random_tiling(Random& random, const Dims& shape, size_t max_parts = 24) {
   std::vector<Box> boxes;
   if (random_between(random, 0, 2) == 0) {
     const int64_t n = volume(shape);
