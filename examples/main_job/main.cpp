@@ -33,10 +33,10 @@ constexpr int kSaveAt = 10;
 struct Row {
   std::string step;
   int ranks = 0;
-  std::string device;
+  std::string device{};
   uint64_t bytes = 0;
   double seconds = 0;
-  std::string result;
+  std::string result{};
   bool ok = false;
 };
 

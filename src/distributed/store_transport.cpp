@@ -78,19 +78,22 @@ Bytes StoreTransport::receive(int from) {
 
 Bytes StoreTransport::receive_part(int from, const std::string& key) {
   using Clock = std::chrono::steady_clock;
-  const auto slice = std::clamp(silence_ / 5, std::chrono::milliseconds(20), std::chrono::milliseconds(1000));
-  int64_t beats = -1;
+  using std::chrono::milliseconds;
+  // A wait that ends without the key makes c10d print a warning, so waits are as long as the deadline allows; a lost connection ends them at once.
+  const auto slice = std::clamp(silence_ / 4, milliseconds(20), milliseconds(60000));
+  bool there = guarded("read", [&] { return store_->check({key}); });
+  int64_t beats = there ? 0 : guarded("read", [&] { return store_->add(heartbeat_key(from), 0); });
   auto last_sign = Clock::now();
   while (true) {
-    bool there = false;
-    try {
-      store_->wait({key}, slice);
-      there = true;
-    } catch (const c10::DistStoreError&) {
-      // Not there yet; a lost connection is another type.
-    } catch (const std::exception&) {
-      guarded("read", [&] { throw; });
-    }
+    if (!there) try {
+        const auto left = std::chrono::ceil<milliseconds>(last_sign + silence_ - Clock::now());
+        store_->wait({key}, std::clamp(left, milliseconds(1), slice));
+        there = true;
+      } catch (const c10::DistStoreError&) {
+        // Not there yet; a lost connection is another type.
+      } catch (const std::exception&) {
+        guarded("read", [&] { throw; });
+      }
     if (there) {
       const std::vector<uint8_t> value = guarded("read", [&] { return store_->get(key); });
       guarded("write to", [&] { store_->deleteKey(key); });

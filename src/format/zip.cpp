@@ -42,14 +42,14 @@ uint32_t clamp32(uint64_t v) { return needs_64(v) ? 0xFFFFFFFF : static_cast<uin
 uint16_t zip64_length(uint64_t size, uint64_t header) {
   return static_cast<uint16_t>((needs_64(size) ? 16 : 0) + (needs_64(header) ? 8 : 0));
 }
-void put_zip64_block(ByteWriter& out, const Record& record) {
+void put_zip64_block(ByteWriter& out, const Record& record, uint64_t stored_size) {
   const uint16_t length = zip64_length(record.size, record.header);
   if (length == 0) return;
   out.u16(kZip64Block);
   out.u16(length);
   if (needs_64(record.size)) {
     out.u64(record.size);
-    out.u64(record.size);
+    out.u64(stored_size);
   }
   if (needs_64(record.header)) out.u64(record.header);
 }
@@ -90,7 +90,7 @@ void put_local_header(ByteWriter& out, const Record& record) {
   out.u16(static_cast<uint16_t>(record.name.size()));
   out.u16(static_cast<uint16_t>(extra));
   out.text(record.name);
-  put_zip64_block(out, record);
+  put_zip64_block(out, record, 0);  // torch leaves the second size to the directory
   const uint64_t padding = extra - zip64_block_size(record.size, record.header) - 4;
   out.u16(kPaddingBlock);
   out.u16(static_cast<uint16_t>(padding));
@@ -132,7 +132,7 @@ void put_tail(ByteWriter& out, std::span<const Record> records, uint64_t directo
     out.u32(0);                              // external attributes
     out.u32(clamp32(record.header));
     out.text(record.name);
-    put_zip64_block(out, record);
+    put_zip64_block(out, record, record.size);
   }
   const uint64_t end64 = directory + size;
   out.u32(kEnd64Signature);

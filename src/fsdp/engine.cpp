@@ -245,10 +245,9 @@ void FsdpEngine::attach(FlatParameter& flat) {
   if (!flat.requires_grad()) return;
   for (FlatParameter::Member& member : flat.members()) {
     FlatParameter::Member* m = &member;
-    // Before a gradient is accumulated, so that autograd never adds to the stand-in.
-    flats_.back()->hooks.push_back(member.handle.register_hook([m](const at::Tensor&) {
-      if (m->handle.grad().is_same(m->refused_grad)) m->handle.mutable_grad().reset();
-    }));
+    // Before a gradient is accumulated, so that autograd never adds to the stand-in, nor to what a broken pass left.
+    flats_.back()->hooks.push_back(
+        member.handle.register_hook([m](const at::Tensor&) { m->handle.mutable_grad().reset(); }));
     torch::autograd::impl::set_post_acc_grad_hooks(member.handle, std::make_unique<GradientHook>(this, &flat, m));
   }
 }
@@ -311,9 +310,9 @@ void FsdpEngine::pin(FlatParameter& flat, const std::string& op, const at::Tenso
   std::lock_guard lock(mutex_);
   if (!is_armed()) {
     throw Error(ErrorCode::kFailedPrecondition,
-                op + " read a sharded parameter outside of a forward pass, a backward pass and SummonFullParams; "
-                     "gathering it here would wait "
-                     "for the other ranks",
+                op + " used a sharded parameter outside of a forward pass, a backward pass and SummonFullParams; gathering "
+                     "it here would wait for the other ranks. (An optimizer or a clip needs the sharded model's "
+                     "parameters(), not the module's.)",
                 {.rank = group().rank(), .key = name_at(flat, tensor)});
   }
   if (in_backward()) queue_end_of_backward();

@@ -2,6 +2,7 @@
 #include "fsdp/flat_parameter.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/TensorImpl.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -105,7 +106,7 @@ FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std:
   shard_bytes_ = byte_view(shard_);
   write_back();
   refused_ = at::Tensor(keyed_tensor(c10::Storage(c10::Storage::use_byte_size_t(), bytes(),
-                                                  at::DataPtr(nullptr, options.device), nullptr, /*resizable=*/false),
+                                                  at::DataPtr(nullptr, full_.device()), nullptr, /*resizable=*/false),
                                      full_, 0, Dims{full_.numel()}));
   refused_.storage().unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "the module's own handle of a sharded parameter has no gradient: it is in ShardedModule::parameters()");
@@ -143,6 +144,7 @@ bool FlatParameter::is_stale() const { return unsharded_ && gathered_version_ !=
 
 void FlatParameter::allocate_whole() {
   c10::StorageImpl* storage = full_.storage().unsafeGetStorageImpl();
+  const c10::DeviceGuard device(full_.device());  // allocators work on the current one
   storage->clear_data_ptr_access_error_msg_();
   storage->set_data_ptr_noswap(storage->allocator()->allocate(storage->nbytes()));
   unsharded_ = true;

@@ -29,6 +29,9 @@ namespace {
 constexpr const char* kTempDirVariable = "RESHARD_TEST_TEMP_DIR";
 constexpr const char* kDeadlineScaleVariable = "RESHARD_TEST_DEADLINE_SCALE";
 constexpr std::size_t kMaxStackText = 1 << 15;  // of one stuck rank
+// A process that dies closes its connections first and counts as dead later, when its last thread is gone; a peer may report the
+// closed connection in between. So a death counts as this much earlier when looking for the first cause.
+constexpr std::chrono::milliseconds kDyingTakes{300};
 
 std::string plural(int n, const std::string& word) { return std::to_string(n) + " " + word + (n == 1 ? "" : "s"); }
 
@@ -72,6 +75,7 @@ class RankReporter : public ::testing::EmptyTestEventListener {
 /// One thing that went wrong on one rank.
 struct Finding {
   std::chrono::steady_clock::time_point at;
+  std::chrono::steady_clock::time_point order;  // the same, earlier for a death
   int rank;
   std::string file;  // empty: the case itself
   int line;
@@ -121,14 +125,18 @@ Verdict judge(const LaunchResult& launched, const std::vector<std::string>& stac
     const auto records = read_records(result.report);
     for (const RankRecord& r : records) {
       if (r.kind == RankRecord::Kind::kFailure) {
-        verdict.findings.push_back({r.at, result.rank, r.file, r.line, r.message});
+        verdict.findings.push_back({r.at, r.at, result.rank, r.file, r.line, r.message});
       } else if (r.kind == RankRecord::Kind::kSkip) {
         verdict.skips.push_back("[rank " + std::to_string(result.rank) + "] " + r.message);
       }
     }
     std::string text;
+    auto order = result.ended_at;
     if (result.reason == EndReason::kItself) {
       text = wrong_end(result, records, options);
+      const bool explained = std::any_of(records.begin(), records.end(),
+                                         [](const RankRecord& r) { return r.kind == RankRecord::Kind::kFailure; });
+      if (!explained) order -= kDyingTakes;
     } else {
       text = result.stopped ? "stopped" : "still running";
       text += result.reason == EndReason::kDeadline ? " at the deadline of " + seconds(deadline)
@@ -137,10 +145,10 @@ Verdict judge(const LaunchResult& launched, const std::vector<std::string>& stac
       const std::string& stack = stacks[static_cast<std::size_t>(result.rank)];
       if (!stack.empty()) text += "; it printed:\n" + stack;
     }
-    if (!text.empty()) verdict.findings.push_back({result.ended_at, result.rank, "", 0, text});
+    if (!text.empty()) verdict.findings.push_back({result.ended_at, order, result.rank, "", 0, text});
   }
   std::stable_sort(verdict.findings.begin(), verdict.findings.end(),
-                   [](const Finding& a, const Finding& b) { return a.at < b.at; });
+                   [](const Finding& a, const Finding& b) { return a.order < b.order; });
   return verdict;
 }
 

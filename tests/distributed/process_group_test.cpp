@@ -88,11 +88,18 @@ TEST(ProcessGroupEnvironmentTest, UnknownBackendsAreNamed) {
 }
 
 TEST(ProcessGroupEnvironmentTest, AWrongOrPartialEnvironmentIsNamed) {
-  setenv("RANK", "zero", 1);
-  EXPECT_ERROR(ErrorCode::kInvalidArgument, "RANK", init_process_group());
   setenv("RANK", "0", 1);
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "WORLD_SIZE", init_process_group());
-  unsetenv("RANK");
+  setenv("WORLD_SIZE", "2", 1);
+  setenv("MASTER_ADDR", "127.0.0.1", 1);
+  setenv("MASTER_PORT", "99999999", 1);
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "99999999", init_process_group());
+  setenv("MASTER_PORT", "29500", 1);
+  for (const char* rank : {"zero", "2", "-1", ""}) {
+    setenv("RANK", rank, 1);
+    EXPECT_ERROR(ErrorCode::kInvalidArgument, "environment variable RANK", init_process_group());
+  }
+  for (const char* name : {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}) unsetenv(name);
 }
 
 // A port in use, and a rendezvous that nobody serves.

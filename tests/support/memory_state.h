@@ -47,10 +47,18 @@ inline ObjectPath path_of(const std::string& fqn) {
 
 inline StateEntry tensor_entry(const std::string& fqn, const Dims& size, std::vector<Box> chunks,
                                DType dtype = DType::kFloat32) {
-  return {fqn, path_of(fqn), TensorEntry{{.dtype = dtype}, size, std::move(chunks), true}};
+  StateEntry entry{fqn, path_of(fqn), {}};
+  auto& tensor = entry.value.emplace<TensorEntry>();
+  tensor.properties.dtype = dtype;
+  tensor.size = size;
+  tensor.chunks = std::move(chunks);
+  tensor.sharded = true;
+  return entry;
 }
 inline StateEntry replica_entry(const std::string& fqn, const Dims& size, DType dtype = DType::kFloat32) {
-  return {fqn, path_of(fqn), TensorEntry{{.dtype = dtype}, size, {whole_box(size)}, false}};
+  StateEntry entry = tensor_entry(fqn, size, {whole_box(size)}, dtype);
+  std::get<TensorEntry>(entry.value).sharded = false;
+  return entry;
 }
 inline StateEntry bytes_entry(const std::string& fqn, uint64_t length) {
   return {fqn, path_of(fqn), BytesEntry{length}};

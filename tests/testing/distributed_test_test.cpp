@@ -123,6 +123,10 @@ TEST_F(DistributedTestTest, ADeathBySignalNamesSignalAndRank) {
   run_failing("Abort", {"[rank 1] ", "abort", "[rank 1] at ", "killed by SIGABRT"});
 }
 
+TEST_F(DistributedTestTest, ADeathComesBeforeWhatItsPeersMakeOfIt) {
+  run_failing("DeathSeenByAPeer", {"[rank 1] first cause", "killed by SIGKILL", "[rank 0] ", "connection closed"});
+}
+
 TEST_F(DistributedTestTest, AHangEndsAtTheDeadlineWithStacks) {
   const std::string output =
       run_failing("Hang", {"first cause, at ", "still running at the deadline of 2 s; killed by SIGABRT; it printed:\n",

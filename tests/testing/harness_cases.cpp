@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -101,6 +102,17 @@ RESHARD_DISTRIBUTED_TEST_F(Peers, Failing, Signal, .ranks = 2) {
   if (rank() == 0) hang();
   std::printf("last words\n");
   raise(SIGKILL);
+}
+
+// As with a collective: the end of rank 1 is seen by rank 0 before the parent sees it.
+RESHARD_DISTRIBUTED_TEST_F(Peers, Failing, DeathSeenByAPeer, .ranks = 2) {
+  const std::string path = temp_dir() / "connection";
+  mkfifo(path.c_str(), 0600);  // whoever comes first
+  const int fd = open(path.c_str(), rank() == 0 ? O_RDONLY : O_WRONLY);
+  ASSERT_GE(fd, 0);
+  if (rank() == 1) raise(SIGKILL);
+  char byte = 0;
+  EXPECT_EQ(read(fd, &byte, 1), 1) << "connection closed";
 }
 
 RESHARD_DISTRIBUTED_TEST_F(Peers, Failing, Abort, .ranks = 2) {

@@ -26,23 +26,23 @@ namespace reshard {
 struct SaveOptions {
   /// Ranks that take part; rank 0 of the group coordinates. Null: the default group, or this process alone where there
   /// is none.
-  std::shared_ptr<ProcessGroup> process_group;
+  std::shared_ptr<ProcessGroup> process_group = nullptr;
   /// Null: DefaultSavePlanner.
   SavePlanner* planner = nullptr;
   /// A rank that shows no progress for so long is an error on all others. Default: the group's timeout.
-  std::optional<std::chrono::milliseconds> silence_timeout;
+  std::optional<std::chrono::milliseconds> silence_timeout = {};
   /// Called on this rank while bytes are written, from any thread.
-  ProgressFn progress;
+  ProgressFn progress = {};
 };
 
 struct LoadOptions {
-  std::shared_ptr<ProcessGroup> process_group;  // as above
+  std::shared_ptr<ProcessGroup> process_group = nullptr;  // as above
   /// Null: DefaultLoadPlanner with the two flags below, which a planner of the caller's own decides itself.
   LoadPlanner* planner = nullptr;
   bool allow_partial_load = false;
   bool allow_cast = false;
-  std::optional<std::chrono::milliseconds> silence_timeout;
-  ProgressFn progress;
+  std::optional<std::chrono::milliseconds> silence_timeout = {};
+  ProgressFn progress = {};
 };
 
 /// Saves `state`, whose sharded tensors on all ranks together make whole tensors. A plain tensor or value under the

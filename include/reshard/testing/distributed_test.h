@@ -10,19 +10,18 @@
 // What happens:
 //
 //   1. The test program is started as always. In it, the case does not run the body: it starts its own binary
-//   (/proc/self/exe)
-//      once a rank, with --gtest_filter set to this case and with the environment that torchrun sets (RANK, WORLD_SIZE,
-//      LOCAL_RANK, MASTER_ADDR, MASTER_PORT, ...; launch/environment.h). Ports are bound before anyone is told of them,
-//      so none is taken twice.
+//      (/proc/self/exe) once a rank, with --gtest_filter set to this case and with the environment that torchrun sets
+//      (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, ...; launch/environment.h). The port is bound before
+//      anyone is told of it, so none is taken twice.
 //   2. In a rank (RANK is set) the case runs set_up_rank(), the body and tear_down_rank().
 //   3. The parent waits. The case passes when every rank ran its body to the end and no assertion failed on any.
 //
 // Failures. Every failed assertion of every rank is a failure of the case, at its own file and line, with rank and
-// time, in order of time: the first cause comes first. Further failures, named by rank: an exception; a death by
-// signal; an exit() before the end of the body, whatever its code; a non-zero exit code after it. One rank's failure
-// ends the others one second later. At the deadline, ranks still running print their stacks and are ended. Nothing that
-// a rank started survives the case, nor does it survive the test program, even when that is killed. GTEST_SKIP in the
-// ranks skips the case.
+// time; the first cause comes first, a death before what its peers make of it. Further failures, named by rank: an
+// exception; a death by signal; an exit() before the end of the body, whatever its code; a non-zero exit code after it.
+// One rank's failure ends the others one second later. At the deadline, ranks still running print their stacks and are
+// ended. Nothing that a rank started survives the case, nor does it survive the test program, even when that is killed.
+// GTEST_SKIP in the ranks skips the case.
 //
 // Under torchrun (or any launcher that sets RANK) there is no parent: the body simply runs, and a case made for another
 // number of ranks skips:

@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "reshard/format/dcp_metadata.h"
+#include "reshard/storage/filesystem.h"
+#include "storage/checkpoint_runs.h"
+#include "support/expect_error.h"
+#include "support/fault_file_system.h"
+#include "support/oracle.h"
+#include "support/random_tiling.h"
+#include "support/temporary_directory.h"
+
+namespace reshard {
+namespace {
+
+using testing::HasSubstr;
+
+/// One load of one rank without the protocol, so that errors come as they are.
+ReadCounters read_alone(const std::string& directory, MemoryLoadState& state,
+                        const FileSystemReaderOptions& options = {}, FileSystem& files = local_file_system(),
+                        const std::function<void(Metadata&)>& change = {}) {
+  FileSystemReader reader(directory, options, files);
+  Metadata metadata = reader.read_metadata();
+  if (change) change(metadata);
+  DefaultLoadPlanner planner;
+  reader.set_up_storage_reader(metadata);
+  planner.set_up_planner(state, metadata, true);
+  reader.read_data(planner.create_local_plan(), planner, {});
+  return reader.counters();
+}
+
+void overwrite(const std::string& path, ByteSpan bytes) {
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out.write(as_text(bytes).data(), static_cast<std::streamsize>(bytes.size()));
+}
+
+class FileSystemReaderTest : public testing::Test {
+ protected:
+  void save(const std::vector<MemorySaveState>& ranks) { save_checkpoint(directory_.path(), ranks); }
+  /// Rows of a tensor of float32, one part a rank.
+  void save_rows(const Dims& size, int64_t ranks) { save(sharded<MemorySaveState>("t", size, split(size, 0, ranks))); }
+  std::string path(const std::string& name) const { return directory_ / name; }
+  StorageInfo place_of(const MetadataIndex& index) const {
+    return *FileSystemReader(directory_.path()).read_metadata().storage_data.find(index);
+  }
+  /// Adds 1 to a byte of a file.
+  void change_byte(const std::string& name, uint64_t offset) {
+    Bytes bytes = read_test_file(path(name));
+    bytes.at(offset) ^= std::byte{1};
+    overwrite(path(name), bytes);
+  }
+  TemporaryDirectory directory_;
+};
+
+// --- the catalogue -----------------------------------------------------------------------------------------------------
+
+TEST_F(FileSystemReaderTest, NamesWhatIsMissing) {
+  EXPECT_ERROR(ErrorCode::kNotFound, "no such checkpoint directory; file " + path("nowhere"),
+               FileSystemReader(path("nowhere")).read_metadata());
+  EXPECT_ERROR(ErrorCode::kNotFound, "holds no checkpoint", FileSystemReader(directory_.path()).read_metadata());
+  overwrite(path("file"), {});
+  EXPECT_ERROR(ErrorCode::kNotFound, "this is a file", FileSystemReader(path("file")).read_metadata());
+  overwrite(path("__0.metadata"), {});
+  EXPECT_ERROR(ErrorCode::kUnsupported, "use_collectives=False", FileSystemReader(directory_.path()).read_metadata());
+}
+
+TEST_F(FileSystemReaderTest, RefusesEveryTruncationOfTheCatalogue) {
+  save_rows({4, 4}, 2);
+  const Bytes whole = read_test_file(path(".metadata"));
+  for (size_t size = 0; size < whole.size(); ++size) {
+    overwrite(path(".metadata"), ByteSpan(whole).first(size));
+    ASSERT_TRUE(throws_error(ErrorCode::kCorruptData, path(".metadata"), [&] {
+      FileSystemReader(directory_.path()).read_metadata();
+    })) << size;
+  }
+}
+
+TEST_F(FileSystemReaderTest, RefusesAForeignCatalogue) {
+  overwrite(path(".metadata"), as_bytes("PK\3\4 this is no pickle"));
+  EXPECT_ERROR(ErrorCode::kCorruptData, path(".metadata"), FileSystemReader(directory_.path()).read_metadata());
+  overwrite(path(".metadata"), as_bytes("\x80\x02}."));  // a pickled {}
+  EXPECT_ERROR(ErrorCode::kCorruptData, path(".metadata"), FileSystemReader(directory_.path()).read_metadata());
+  overwrite(path(".metadata"), as_bytes("\x80\x02"
+                                        "cposix\nsystem\nX\x04\x00\x00\x00true\x85R."));
+  EXPECT_ANY_THROW(FileSystemReader(directory_.path()).read_metadata());
+  std::filesystem::remove(path(".metadata"));
+  std::filesystem::create_directory(path(".metadata"));
+  EXPECT_ERROR(ErrorCode::kCorruptData, path(".metadata"), FileSystemReader(directory_.path()).read_metadata());
+  std::filesystem::remove(path(".metadata"));
+  ASSERT_EQ(::mkfifo(path(".metadata").c_str(), 0600), 0);
+  EXPECT_ERROR(ErrorCode::kCorruptData, path(".metadata"), FileSystemReader(directory_.path()).read_metadata());
+}
+
+// --- data files that are not what the catalogue says -------------------------------------------------------------------
+
+TEST_F(FileSystemReaderTest, NamesTheDataFileThatIsMissingOrShortOrNoFile) {
+  save_rows({4, 4}, 2);
+  MemoryLoadState state({replica_entry("t", {4, 4})});
+  std::filesystem::resize_file(path("__1_0.distcp"), 1000);
+  EXPECT_ERROR(ErrorCode::kCorruptData, "file __1_0.distcp, offset 0", read_alone(directory_.path(), state));
+  std::filesystem::remove(path("__1_0.distcp"));
+  EXPECT_ERROR(ErrorCode::kNotFound, "__1_0.distcp", read_alone(directory_.path(), state));
+  EXPECT_ERROR(ErrorCode::kNotFound, "key t", read_alone(directory_.path(), state));
+  std::filesystem::create_directory(path("__1_0.distcp"));
+  EXPECT_ERROR(ErrorCode::kCorruptData, "__1_0.distcp", read_alone(directory_.path(), state));
+  std::filesystem::remove(path("__1_0.distcp"));
+  ASSERT_EQ(::mkfifo(path("__1_0.distcp").c_str(), 0600), 0);
+  EXPECT_ERROR(ErrorCode::kCorruptData, "__1_0.distcp", read_alone(directory_.path(), state));
+}
+
+TEST_F(FileSystemReaderTest, RefusesPathsThatLeaveTheDirectory) {
+  save_rows({4, 4}, 1);
+  MemoryLoadState state({replica_entry("t", {4, 4})});
+  std::filesystem::rename(path("__0_0.distcp"), directory_.path() + "-outside");
+  const auto with_path = [&](const std::string& relative) {
+    return [&, relative] {
+      read_alone(directory_.path(), state, {}, local_file_system(), [&](Metadata& metadata) {
+        metadata.storage_data.find({"t", Dims{0, 0}, {}})->relative_path = relative;
+      });
+    };
+  };
+  const std::string name = std::filesystem::path(directory_.path()).filename();
+  EXPECT_TRUE(throws_error(ErrorCode::kCorruptData, "key t", with_path("../" + name + "-outside")));
+  EXPECT_TRUE(throws_error(ErrorCode::kCorruptData, "key t", with_path(directory_.path() + "-outside")));
+  std::filesystem::create_symlink(directory_.path() + "-outside", path("link"));
+  EXPECT_TRUE(throws_error(ErrorCode::kCorruptData, "link", with_path("link")));
+  std::filesystem::create_directory_symlink("..", path("up"));
+  EXPECT_TRUE(throws_error(ErrorCode::kCorruptData, "up", with_path("up/" + name + "-outside")));
+  std::filesystem::remove(directory_.path() + "-outside");
+}
+
+TEST_F(FileSystemReaderTest, ChecksTheSumOfEveryPayloadReadWhole) {
+  // Each of the reader's ways: packed, direct into rows, direct in one piece, and staged.
+  const std::vector<std::pair<Dims, std::vector<Box>>> cases{
+      {{8, 8}, {whole_box({8, 8})}},
+      {{300, 300}, {whole_box({300, 300})}},
+      {{300, 300}, {{{0, 0}, {300, 100}}, {{0, 100}, {300, 200}}}},
+      {{30000, 4}, {{{0, 2}, {30000, 2}}, {{0, 0}, {30000, 2}}}},
+  };
+  for (const auto& [size, chunks] : cases) {
+    save_rows(size, 1);
+    MemoryLoadState state({tensor_entry("t", size, chunks)});
+    read_alone(directory_.path(), state);
+    EXPECT_EQ(state.first_difference(), "");
+    const StorageInfo place = place_of({"t", Dims{0, 0}, {}});
+    const uint64_t payload = place.offset + TensorArchive(DType::kFloat32, size).payload_offset();
+    for (const uint64_t at : {uint64_t{0}, static_cast<uint64_t>(volume(size) * 4 - 1)}) {
+      change_byte(place.relative_path, payload + at);
+      EXPECT_ERROR(ErrorCode::kCorruptData, "do not match their CRC-32; key t, file " + place.relative_path,
+                   read_alone(directory_.path(), state));
+      read_alone(directory_.path(), state, {.verify_checksums = false});
+      EXPECT_NE(state.first_difference(), "");
+      change_byte(place.relative_path, payload + at);
+    }
+  }
+}
+
+TEST_F(FileSystemReaderTest, ChecksTheSumOfValues) {
+  MemorySaveState saved;
+  saved.add_value("v", value_archive(std::string(100, 'x')));
+  std::vector<MemorySaveState> ranks;
+  ranks.push_back(std::move(saved));
+  save(ranks);
+  MemoryLoadState state({bytes_entry("v", 0)});
+  read_alone(directory_.path(), state);
+  EXPECT_EQ(state.value(0), value_archive(std::string(100, 'x')));
+  change_byte("__0_0.distcp", 64 + 40);  // in the pickle, which begins at 64
+  EXPECT_ERROR(ErrorCode::kCorruptData, "key v", read_alone(directory_.path(), state));
+}
+
+TEST_F(FileSystemReaderTest, RefusesATensorThatIsNotTheOneOfTheCatalogue) {
+  save(states<MemorySaveState>(
+      {{replica_entry("a", {4}), replica_entry("b", {2, 2}), replica_entry("c", {4}, DType::kInt32)}}));
+  for (const char* other : {"b", "c"}) {
+    MemoryLoadState state({replica_entry("a", {4})});
+    const auto swap = [&](Metadata& metadata) {
+      const Dims origin(std::string(other) == "b" ? 2 : 1, 0);
+      *metadata.storage_data.find({"a", Dims{0}, {}}) = *metadata.storage_data.find({other, origin, {}});
+    };
+    EXPECT_ERROR(ErrorCode::kCorruptData, "not the one of the catalogue; key a",
+                 read_alone(directory_.path(), state, {}, local_file_system(), swap));
+  }
+}
+
+TEST_F(FileSystemReaderTest, NamesAStreamTransformThatItDoesNotKnow) {
+  save_rows({4, 4}, 1);
+  MemoryLoadState state({replica_entry("t", {4, 4})});
+  EXPECT_ERROR(ErrorCode::kUnsupported, "stream.zstd/1",
+               read_alone(directory_.path(), state, {}, local_file_system(), [](Metadata& metadata) {
+                 metadata.storage_data.find({"t", Dims{0, 0}, {}})->transform_descriptors = {"stream.zstd/1"};
+               }));
+}
+
+TEST_F(FileSystemReaderTest, NormalizesBoolsThatAFileMadeUp) {
+  for (const Dims& size : {Dims{16}, Dims{100'000}}) {                          // packed and direct
+    save(states<MemorySaveState>({{replica_entry("t", size, DType::kBool)}}));  // any bytes at all
+    MemoryLoadState state({replica_entry("t", size, DType::kBool)});
+    read_alone(directory_.path(), state);
+    const Bytes expected = state.memory().expected(0, 0);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      ASSERT_EQ(state.memory().buffer(0)[i], expected[i] == std::byte{0} ? std::byte{0} : std::byte{1});
+    }
+  }
+}
+
+// --- what is read ------------------------------------------------------------------------------------------------------
+
+TEST_F(FileSystemReaderTest, ReadsWhatIsNeededAndNoMore) {
+  const Dims size{600, 512};
+  save_rows(size, 4);
+  struct Case {
+    const char* name;
+    size_t dim;
+    int64_t ranks;
+  };
+  for (const Case& c :
+       {Case{"4 to 4", 0, 4}, Case{"4 to 3", 0, 3}, Case{"rows to columns", 1, 4}, Case{"4 to 16", 0, 16}}) {
+    SCOPED_TRACE(c.name);
+    auto loaded = sharded<MemoryLoadState>("t", size, split(size, c.dim, c.ranks));
+    uint64_t needed = 0;
+    uint64_t read = 0;
+    for (const ReadCounters& counters : load_checkpoint(directory_.path(), loaded)) {
+      EXPECT_EQ(counters.bytes_payload, counters.bytes_needed);
+      EXPECT_EQ(counters.bytes_staged, 0u);
+      needed += counters.bytes_needed;
+      read += counters.bytes_read;
+    }
+    EXPECT_EQ(first_difference(loaded), "");
+    EXPECT_EQ(needed, 600u * 512 * 4);
+    // Headers: at most 2 KiB for each stored chunk that a rank touches.
+    EXPECT_LE(read, needed + static_cast<uint64_t>(c.ranks) * 4 * 2048);
+  }
+}
+
+TEST_F(FileSystemReaderTest, CountsExactlyWhatItAsksOfTheFileSystem) {
+  save_rows({600, 512}, 2);
+  FaultFileSystem files;
+  MemoryLoadState state({tensor_entry("t", {600, 512}, {{{100, 7}, {300, 400}}})});
+  const ReadCounters counters = read_alone(directory_.path(), state, {}, files);
+  EXPECT_EQ(counters.bytes_needed, 300u * 400 * 4);
+  EXPECT_EQ(counters.reads + 1, files.calls(FileCall::kRead));  // one for the catalogue
+  const uint64_t catalogue = std::filesystem::file_size(path(".metadata"));
+  EXPECT_EQ(counters.bytes_read + catalogue, files.bytes(FileCall::kRead));
+}
+
+TEST_F(FileSystemReaderTest, ReadsAWholeLargeTensorWithAHandfulOfCalls) {
+  save_rows({1024, 1024}, 1);
+  MemoryLoadState state({replica_entry("t", {1024, 1024})});
+  const ReadCounters counters = read_alone(directory_.path(), state);
+  EXPECT_EQ(counters.reads, 3u);  // tail, head, 4 MiB of elements
+  EXPECT_EQ(counters.bytes_staged, 0u);
+}
+
+TEST_F(FileSystemReaderTest, ReadsSmallItemsTogether) {
+  std::vector<StateEntry> entries;
+  for (int i = 0; i < 1000; ++i) entries.push_back(replica_entry("t" + std::to_string(i), {100}));
+  save(states<MemorySaveState>({entries}));
+  MemoryLoadState state(entries);
+  const ReadCounters counters = read_alone(directory_.path(), state);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.reads, 1u);
+  EXPECT_EQ(counters.bytes_payload, counters.bytes_needed);
+  EXPECT_EQ(counters.bytes_staged, counters.bytes_needed);
+}
+
+TEST_F(FileSystemReaderTest, ReadsTheHeaderOfAnItemOnceHoweverManyWantIt) {
+  save_rows({512, 256}, 1);
+  std::vector<Box> chunks;
+  for (int64_t i = 0; i < 16; ++i) chunks.push_back({{i * 32, 0}, {32, 256}});
+  MemoryLoadState state({tensor_entry("t", {512, 256}, chunks)});
+  const ReadCounters counters = read_alone(directory_.path(), state);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.reads, 3u);  // the sixteen ranges are neighbours
+}
+
+TEST_F(FileSystemReaderTest, JoinsRangesAcrossTheGapThatItMaySkip) {
+  save_rows({256, 256}, 1);
+  // The left half of each row: 512 bytes wanted, 512 not.
+  MemoryLoadState state({tensor_entry("t", {256, 256}, {{{0, 0}, {256, 128}}})});
+  const ReadCounters exact = read_alone(directory_.path(), state);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(exact.bytes_payload, exact.bytes_needed);
+  EXPECT_EQ(exact.reads, 2u + 256);
+  MemoryLoadState again({tensor_entry("t", {256, 256}, {{{0, 0}, {256, 128}}})});
+  const ReadCounters joined = read_alone(directory_.path(), again, {.coalesce_gap = 512});
+  EXPECT_EQ(again.first_difference(), "");
+  EXPECT_EQ(joined.reads, 3u);
+  EXPECT_EQ(joined.bytes_payload, 2 * exact.bytes_payload - 512);
+}
+
+TEST_F(FileSystemReaderTest, StagesWhereADestinationIsMadeOfTinyRuns) {
+  save_rows({64, 2000}, 1);
+  // Stored chunks of columns would be wide runs; wanted are columns of two elements: staged in one read a row.
+  save(sharded<MemorySaveState>("t", {20000, 8}, split({20000, 8}, 1, 4)));
+  MemoryLoadState state({replica_entry("t", {20000, 8})});
+  const ReadCounters counters = read_alone(directory_.path(), state);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.bytes_payload, counters.bytes_needed);
+  EXPECT_EQ(counters.bytes_staged, counters.bytes_needed);
+  EXPECT_EQ(counters.reads, 4u * 3);
+}
+
+TEST_F(FileSystemReaderTest, OpensEachFileOnce) {
+  save(sharded<MemorySaveState>("t", {64, 64}, split({64, 64}, 0, 2)));
+  FaultFileSystem files;
+  MemoryLoadState state({tensor_entry("t", {64, 64}, {{{0, 0}, {64, 32}}, {{0, 32}, {64, 32}}})});
+  read_alone(directory_.path(), state, {}, files);
+  EXPECT_EQ(files.calls(FileCall::kOpen), 3u);
+}
+
+TEST_F(FileSystemReaderTest, ReportsProgressUpToTheTotal) {
+  save_rows({3000, 1000}, 1);
+  FileSystemReader reader(directory_.path());
+  const Metadata metadata = reader.read_metadata();
+  MemoryLoadState state({replica_entry("t", {3000, 1000})});
+  DefaultLoadPlanner planner;
+  reader.set_up_storage_reader(metadata);
+  planner.set_up_planner(state, metadata, true);
+  std::vector<Progress> seen;
+  reader.read_data(planner.create_local_plan(), planner,
+                   {.save_id = {}, .progress = [&](const Progress& progress) { seen.push_back(progress); }});
+  ASSERT_EQ(seen.size(), 2u);  // 12 MB in reads of 8 MiB
+  EXPECT_EQ(seen.back().done, 12'000'000u);
+  EXPECT_EQ(seen.back().total, 12'000'000u);
+}
+
+TEST_F(FileSystemReaderTest, NamesTheFileWhicheverCallFails) {
+  save(sharded<MemorySaveState>("t", {300, 300}, split({300, 300}, 0, 2)));
+  const auto fresh = [] { return MemoryLoadState({replica_entry("t", {300, 300})}); };
+  FaultFileSystem clean;
+  auto state = fresh();
+  read_alone(directory_.path(), state, {}, clean);
+  for (uint64_t nth = 1; nth <= clean.calls(); ++nth) {
+    FaultFileSystem files;
+    files.inject({.nth = nth, .error = EIO});
+    state = fresh();
+    EXPECT_ERROR(ErrorCode::kIo, clean.trace()[nth - 1].path, read_alone(directory_.path(), state, {}, files));
+  }
+  EXPECT_GT(clean.calls(), 8u);
+}
+
+TEST_F(FileSystemReaderTest, WantsItsCatalogueFirst) {
+  MemoryLoadState state;
+  DefaultLoadPlanner planner;
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "set_up_storage_reader",
+               FileSystemReader(directory_.path()).read_data({}, planner, {}));
+}
+
+// --- PyTorch's checkpoints ---------------------------------------------------------------------------------------------
+
+/// Holds any boxes of golden tensors.
+class OracleState final : public LoadState {
+ public:
+  void add(const std::string& fqn, DType dtype, const Dims& size, std::vector<Box> chunks) {
+    for (const Box& chunk : chunks) {
+      buffers_[entries_.size()].emplace_back(static_cast<size_t>(volume(chunk.sizes) * element_size(dtype)));
+    }
+    entries_.push_back({fqn, {fqn}, TensorEntry{{.dtype = dtype}, size, std::move(chunks), true}});
+  }
+  const std::vector<StateEntry>& entries(FlattenRule) const override { return entries_; }
+  MutableTensorView tensor(FlattenRule, size_t entry, size_t chunk, const Box& region, DType dtype) override {
+    const Box& box = std::get<TensorEntry>(entries_[entry].value).chunks[chunk];
+    const Dims strides = contiguous_strides(box.sizes);
+    int64_t first = 0;
+    for (size_t d = 0; d < strides.size(); ++d) first += (region.offsets[d] - box.offsets[d]) * strides[d];
+    return {buffers_[entry][chunk].data() + first * element_size(dtype), dtype, region.sizes, strides, nullptr};
+  }
+  void commit_tensor(FlattenRule, size_t, size_t, const Box&, const MutableTensorView&) override {}
+  void load_bytes(FlattenRule, size_t, ByteSpan) override {}
+
+  std::map<size_t, std::vector<Bytes>> buffers_;
+  std::vector<StateEntry> entries_;
+};
+
+TEST(OracleLoadTest, AnyBoxesOfEveryGoldenTensorAreRight) {
+  Random random(99);
+  for (const std::string& name : OracleCase::names()) {
+    const OracleCase oracle(name);
+    FileSystemReader reader(oracle.directory().string());
+    const Metadata metadata = reader.read_metadata();
+    for (int round = 0; round < 3; ++round) {
+      OracleState state;
+      for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+        if (const auto* tensor = std::get_if<TensorStorageMetadata>(&entry)) {
+          const bool empty = volume(tensor->size) == 0;
+          state.add(fqn, tensor->properties.dtype, tensor->size,
+                    empty ? std::vector{whole_box(tensor->size)} : random_tiling(random, tensor->size));
+        }
+      }
+      DefaultLoadPlanner planner;
+      reader.set_up_storage_reader(metadata);
+      planner.set_up_planner(state, metadata, true);
+      reader.read_data(planner.create_local_plan(), planner, {});
+      for (size_t e = 0; e < state.entries_.size(); ++e) {
+        const auto& tensor = std::get<TensorEntry>(state.entries_[e].value);
+        const auto size = static_cast<size_t>(element_size(tensor.properties.dtype));
+        const ByteSpan whole = oracle.tensor(state.entries_[e].fqn);
+        for (size_t c = 0; c < tensor.chunks.size(); ++c) {
+          Bytes expected(state.buffers_[e][c].size());
+          for_each_run(whole_box(tensor.size), tensor.chunks[c], [&](int64_t from, int64_t to, int64_t length) {
+            std::ranges::copy(whole.subspan(static_cast<size_t>(from) * size, static_cast<size_t>(length) * size),
+                              expected.begin() + to * static_cast<int64_t>(size));
+          });
+          ASSERT_EQ(state.buffers_[e][c], expected)
+              << name << " " << state.entries_[e].fqn << " " << to_string(tensor.chunks[c]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace reshard

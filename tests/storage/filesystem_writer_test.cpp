@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <mutex>
+
+#include "reshard/format/crc32.h"
+#include "reshard/format/dcp_metadata.h"
+#include "reshard/format/sidecar.h"
+#include "reshard/storage/filesystem.h"
+#include "storage/checkpoint_runs.h"
+#include "support/expect_error.h"
+#include "support/fault_file_system.h"
+#include "support/temporary_directory.h"
+
+namespace reshard {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+std::vector<std::string> names_in(const std::string& directory) { return local_file_system().list(directory); }
+
+void put(const std::string& path, std::string_view text) { std::ofstream(path, std::ios::binary) << text; }
+std::string get(const std::string& path) { return std::string(as_text(local_file_system().read_file(path, 1 << 30))); }
+
+WriteItem tensor_item(const std::string& fqn, const Dims& size) {
+  WriteItem item;
+  item.index = {fqn, Dims(size.size(), 0), {}};
+  item.chunk = whole_box(size);
+  item.size = size;
+  return item;
+}
+WriteItem value_item(const std::string& fqn, uint64_t length) {
+  WriteItem item;
+  item.index = {fqn, {}, {}};
+  item.type = WriteItemType::kByteIo;
+  item.length = length;
+  return item;
+}
+uint64_t archive_length(const Dims& size, uint32_t alignment = 64) {
+  return TensorArchive(DType::kFloat32, size, {.alignment = alignment}).length();
+}
+
+/// Warnings logged while it lives.
+class LogCapture {
+ public:
+  LogCapture() {
+    set_log_sink([this](LogLevel level, std::string_view text) {
+      const std::lock_guard lock(mutex_);
+      if (level == LogLevel::kWarning) text_ += std::string(text) + "\n";
+    });
+  }
+  ~LogCapture() { set_log_sink(nullptr); }
+  std::string text() const { return text_; }
+
+ private:
+  std::mutex mutex_;
+  std::string text_;
+};
+
+std::vector<SavePlan> place(std::vector<SavePlan> plans, const FileSystemWriterOptions& options = {}) {
+  TemporaryDirectory directory;
+  FileSystemWriter writer(directory.path(), options);
+  writer.begin_save("id");
+  return writer.prepare_global_plan(std::move(plans));
+}
+
+TEST(FileSystemWriterTest, PlacesValuesFirstThenTensorsInPlanOrder) {
+  SavePlan plan;
+  plan.items = {tensor_item("a", {8}), value_item("v", 1261), tensor_item("b", {100}), value_item("w", 64)};
+  const SavePlan placed = place({{}, plan})[1];
+  // 1261 is rounded up to 1280, and w ends at 1344.
+  const uint64_t a = 1344;
+  const uint64_t b = (a + archive_length({8}) + 63) / 64 * 64;
+  EXPECT_THAT(placed.storage, ElementsAre(StorageInfo{"__1_0.distcp", a, archive_length({8}), {}},
+                                          StorageInfo{"__1_0.distcp", 0, 1261, {}},
+                                          StorageInfo{"__1_0.distcp", b, archive_length({100}), {}},
+                                          StorageInfo{"__1_0.distcp", 1280, 64, {}}));
+  EXPECT_EQ(placed.items, plan.items);
+}
+
+TEST(FileSystemWriterTest, BalancesTheFilesOfARankByBytes) {
+  SavePlan plan;
+  plan.items = {tensor_item("a", {1000}), tensor_item("b", {3000}), tensor_item("c", {1000}), tensor_item("d", {900})};
+  const auto storage = place({plan}, {.thread_count = 2})[0].storage;
+  EXPECT_EQ(storage[1].relative_path, "__0_0.distcp");  // the largest; the others weigh less together
+  EXPECT_EQ(storage[0].relative_path, "__0_1.distcp");
+  EXPECT_EQ(storage[2].relative_path, "__0_1.distcp");
+  EXPECT_EQ(storage[3].relative_path, "__0_1.distcp");
+}
+
+TEST(FileSystemWriterTest, GivesEachItemItsFileWhenAsked) {
+  SavePlan plan;
+  plan.items = {tensor_item("a", {8}), value_item("v", 100)};
+  const auto storage = place({plan}, {.single_file_per_rank = false})[0].storage;
+  EXPECT_EQ(storage[0], (StorageInfo{"__0_1.distcp", 0, archive_length({8}), {}}));
+  EXPECT_EQ(storage[1], (StorageInfo{"__0_0.distcp", 0, 100, {}}));
+}
+
+TEST(FileSystemWriterTest, StartsItemsAtMultiplesOfTheAlignment) {
+  SavePlan plan;
+  plan.items = {value_item("v", 1), tensor_item("a", {8}), tensor_item("b", {8})};
+  const auto storage = place({plan}, {.storage_alignment = 4096})[0].storage;
+  for (const StorageInfo& info : storage) EXPECT_EQ(info.offset % 4096, 0u);
+  EXPECT_EQ(storage[1].length, archive_length({8}, 4096));
+}
+
+TEST(FileSystemWriterTest, PlacesTheItemsOfThousandsOfRanks) {
+  std::vector<SavePlan> plans(1024);
+  for (SavePlan& plan : plans) {
+    for (int i = 0; i < 20; ++i) plan.items.push_back(tensor_item("t" + std::to_string(i), {64, 64}));
+  }
+  const auto placed = place(std::move(plans));
+  EXPECT_EQ(placed[1023].storage[19].relative_path, "__1023_0.distcp");
+  EXPECT_GT(placed[1023].storage[19].offset, 19u * 64 * 64 * 4);
+}
+
+TEST(FileSystemWriterTest, RefusesOptionsThatMakeNoSense) {
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "thread_count", FileSystemWriter("d", {.thread_count = 0}));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "storage_alignment", FileSystemWriter("d", {.storage_alignment = 96}));
+}
+
+TEST(FileSystemWriterTest, WritesTheFilesOfOneSaveAndNothingElse) {
+  TemporaryDirectory directory;
+  std::vector<MemorySaveState> ranks(2);
+  ranks[0] = MemorySaveState({tensor_entry("t", {4}, {whole_box({4})})});
+  ranks[1] = MemorySaveState({tensor_entry("t", {4}, {})});
+  const SaveResult result = save_checkpoint(directory / "new/deep", ranks);
+  // A rank without items writes its sidecar only.
+  EXPECT_THAT(names_in(directory / "new/deep"), ElementsAre(".metadata", ".reshard-" + result.save_id + "-0",
+                                                            ".reshard-" + result.save_id + "-1", "__0_0.distcp"));
+}
+
+TEST(FileSystemWriterTest, GathersSmallItemsIntoLargeWrites) {
+  TemporaryDirectory directory;
+  MemorySaveState state;
+  for (int i = 0; i < 900; ++i) state.add(replica_entry("t" + std::to_string(i), {1024}));
+  FaultFileSystem files;
+  const std::string path = directory.path();
+  std::vector<MemorySaveState> ranks;
+  ranks.push_back(std::move(state));
+  save_checkpoint(path, ranks, {}, files);
+  // 900 items of 5.6 KB are 5 MB: two writes of data, one of the sidecar, one of the catalogue.
+  EXPECT_EQ(files.calls(FileCall::kWrite), 4u);
+  EXPECT_EQ(files.calls(FileCall::kRead), 0u);
+}
+
+TEST(FileSystemWriterTest, ReceiptsAndSidecarCarryTheSameSums) {
+  TemporaryDirectory directory;
+  MemorySaveState state({replica_entry("t", {3})});
+  state.add_value("v", value_archive("text"));
+  DefaultSavePlanner planner;
+  FileSystemWriter writer(directory.path());
+  planner.set_up_planner(state, true);
+  writer.begin_save("the-id");
+  GlobalSavePlan global = planner.create_global_plan({planner.create_local_plan()});
+  const SavePlan plan = planner.finish_plan(writer.prepare_global_plan(std::move(global.plans))[0]);
+  const auto results = writer.write_data(plan, planner, {.save_id = "the-id", .progress = {}});
+  const Sidecar sidecar = decode_sidecar(local_file_system().read_file(directory / sidecar_name("the-id", 0), 1 << 20));
+  ASSERT_EQ(results.size(), 2u);
+  EXPECT_EQ(results[0].crc32, crc32(state.memory().buffer(0)));
+  EXPECT_EQ(results[1].crc32, crc32(state.memory().buffer(1)));
+  EXPECT_EQ(results[0].storage, plan.storage[0]);
+  EXPECT_EQ(sidecar.save_id, "the-id");
+  const uint64_t end = plan.storage[0].offset + plan.storage[0].length;
+  EXPECT_THAT(sidecar.files, ElementsAre(SidecarFile{"__0_0.distcp", end}));
+  const uint64_t payload = TensorArchive(DType::kFloat32, {3}).payload_offset();
+  EXPECT_THAT(sidecar.items,
+              ElementsAre(SidecarItem{0, plan.storage[0].offset, plan.storage[0].length, payload, results[0].crc32},
+                          SidecarItem{0, plan.storage[1].offset, plan.storage[1].length, 0, results[1].crc32}));
+  writer.abandon();
+  EXPECT_THAT(names_in(directory.path()), ElementsAre());
+}
+
+/// Holds its one tensor column by column.
+class TransposedState final : public SaveState {
+ public:
+  explicit TransposedState(const Dims& size) : plain_({replica_entry("t", size)}), size_(size) {
+    const int64_t rows = size[0];
+    const int64_t columns = size[1];
+    const Bytes& dense = plain_.memory().buffer(0);
+    columns_.resize(dense.size());
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        std::memcpy(&columns_[static_cast<size_t>((c * rows + r) * 4)],
+                    &dense[static_cast<size_t>((r * columns + c) * 4)], 4);
+      }
+    }
+  }
+  const std::vector<StateEntry>& entries() const override { return plain_.entries(); }
+  TensorView tensor(size_t, size_t) const override {
+    return {columns_.data(), DType::kFloat32, size_, Dims{1, size_[0]}, nullptr};
+  }
+  ByteSpan bytes(size_t) const override { return {}; }
+
+ private:
+  MemorySaveState plain_;
+  Dims size_;
+  Bytes columns_;
+};
+
+TEST(FileSystemWriterTest, MakesStridedTensorsDenseBlockByBlock) {
+  TemporaryDirectory directory;
+  const TransposedState state({1500, 1201});  // 7.2 MB: two blocks, cut inside a row
+  const auto transport = solo_transport();
+  DefaultSavePlanner planner;
+  FileSystemWriter writer(directory.path(), {.sync_files = false});
+  run_save(*transport, state, planner, writer);
+  auto loaded = states<MemoryLoadState>({{replica_entry("t", {1500, 1201})}});
+  load_checkpoint(directory.path(), loaded);  // verifies the CRC, too
+  EXPECT_EQ(first_difference(loaded), "");
+}
+
+TEST(FileSystemWriterTest, ReportsProgressUpToTheTotal) {
+  TemporaryDirectory directory;
+  const MemorySaveState state({replica_entry("t", {9 << 18}), replica_entry("u", {5})});
+  const auto transport = solo_transport();
+  DefaultSavePlanner planner;
+  FileSystemWriter writer(directory.path(), {.sync_files = false});
+  std::vector<Progress> seen;
+  run_save(*transport, state, planner, writer, [&](const Progress& progress) { seen.push_back(progress); });
+  ASSERT_GE(seen.size(), 3u);  // 9 MiB in writes of 4
+  for (size_t i = 1; i < seen.size(); ++i) EXPECT_GT(seen[i].done, seen[i - 1].done);
+  EXPECT_EQ(seen.back().done, seen.back().total);
+  EXPECT_GE(seen.back().total, 9u << 20);
+}
+
+TEST(FileSystemWriterTest, UsesNamesThatNothingInTheDirectoryHas) {
+  TemporaryDirectory directory;
+  put(directory / "__0_0.distcp", "left by a crash");
+  put(directory / "__7_12.distcp", "left by a crash");
+  put(directory / "__x_99.distcp", "not ours");
+  put(directory / "__1_-30.distcp", "not ours");
+  put(directory / "__1_77777777777777777777.distcp", "not ours");
+  const std::vector<StateEntry> entries{replica_entry("t", {4})};
+  save_checkpoint(directory.path(), states<MemorySaveState>({entries}));
+  EXPECT_TRUE(local_file_system().status(directory / "__0_13.distcp"));
+  EXPECT_EQ(get(directory / "__0_0.distcp"), "left by a crash");
+  EXPECT_EQ(get(directory / "__7_12.distcp"), "left by a crash");
+}
+
+TEST(FileSystemWriterTest, RemovesWhatItReplacesAndOrphansAndNothingElse) {
+  TemporaryDirectory directory;
+  const std::vector<StateEntry> entries{replica_entry("t", {4})};
+  save_checkpoint(directory.path(), states<MemorySaveState>({entries, entries}), {.thread_count = 2});
+  const std::vector<std::string> kept{"__9_3.distcp", "model.safetensors", "notes.txt"};
+  for (const std::string& name : kept) put(directory / name, "x");
+  put(directory / ".metadata.tmp", "PyTorch's");
+  put(directory / ".metadata.tmp-1234", "ours");
+  put(directory / sidecar_name("0a0a0a0a-0000-4000-8000-000000000000", 3), "of a crashed save");
+  const SaveResult result = save_checkpoint(directory.path(), states<MemorySaveState>({entries}));
+  EXPECT_THAT(names_in(directory.path()), ElementsAre(".metadata", ".reshard-" + result.save_id + "-0", "__0_4.distcp",
+                                                      "__9_3.distcp", "model.safetensors", "notes.txt"));
+}
+
+TEST(FileSystemWriterTest, KeepsTheFilesOfACheckpointThatItCannotRead) {
+  TemporaryDirectory directory;
+  put(directory / ".metadata", "not a pickle");
+  put(directory / "__0_0.distcp", "data");
+  const LogCapture log;
+  const std::vector<StateEntry> entries{replica_entry("t", {4})};
+  save_checkpoint(directory.path(), states<MemorySaveState>({entries}));
+  EXPECT_THAT(log.text(), HasSubstr("cannot be read; its files are kept"));
+  EXPECT_EQ(get(directory / "__0_0.distcp"), "data");
+  auto loaded = states<MemoryLoadState>({entries});
+  load_checkpoint(directory.path(), loaded);
+  EXPECT_EQ(first_difference(loaded), "");
+}
+
+TEST(FileSystemWriterTest, RefusesToReplaceWhenOverwritingIsOff) {
+  TemporaryDirectory directory;
+  const std::vector<StateEntry> entries{replica_entry("t", {4})};
+  const FileSystemWriterOptions options{.sync_files = false, .overwrite = false};
+  save_checkpoint(directory.path(), states<MemorySaveState>({entries}), options);
+  const auto before = names_in(directory.path());
+  EXPECT_ERROR(ErrorCode::kAlreadyExists, directory / ".metadata",
+               save_checkpoint(directory.path(), states<MemorySaveState>({entries}), options));
+  EXPECT_EQ(names_in(directory.path()), before);
+}
+
+TEST(FileSystemWriterTest, SaysSoWhenTheDirectoryIsAFile) {
+  TemporaryDirectory directory;
+  put(directory / "file", "x");
+  EXPECT_ERROR(ErrorCode::kAlreadyExists, directory / "file",
+               save_checkpoint(directory / "file", states<MemorySaveState>({{replica_entry("t", {4})}})));
+}
+
+// The error of any of several writing threads leaves the save, and what was written is removed.
+TEST(FileSystemWriterTest, NeverLosesTheErrorOfAWriterThread) {
+  const std::vector<StateEntry> entries{replica_entry("a", {5 << 18}), replica_entry("b", {5 << 18}),
+                                        replica_entry("c", {100}), replica_entry("d", {100})};
+  const auto saved = states<MemorySaveState>({entries});
+  for (uint64_t nth = 1; nth <= 6; ++nth) {
+    TemporaryDirectory directory;
+    FaultFileSystem files;
+    files.inject({.call = FileCall::kWrite, .nth = nth, .error = ENOSPC, .forever = true, .torn_bytes = 512});
+    const auto body = [&] {
+      save_checkpoint(directory.path(), saved, {.thread_count = 2, .sync_files = false}, files);
+    };
+    EXPECT_ERROR(ErrorCode::kIo, "No space left on device", body());
+    EXPECT_THAT(names_in(directory.path()), ElementsAre()) << "write " << nth;
+  }
+}
+
+TEST(FileSystemWriterTest, MakesEverythingDurableBeforeTheCommit) {
+  TemporaryDirectory directory;
+  FaultFileSystem files;
+  save_checkpoint(directory.path(), states<MemorySaveState>({{replica_entry("a", {8}), replica_entry("b", {8})}}),
+                  {.thread_count = 2}, files);
+  std::vector<std::string> steps;
+  for (const FileCallRecord& call : files.trace()) {
+    std::string name = std::filesystem::path(call.path).filename();
+    if (call.path == directory.path()) name = "directory";
+    if (name.starts_with(".reshard-")) name = "sidecar";
+    if (name.starts_with(".metadata.tmp")) name = "temporary";
+    const bool counts = call.call == FileCall::kSync || call.call == FileCall::kSyncDirectory ||
+                        call.call == FileCall::kRename || call.call == FileCall::kRemove;
+    if (counts) steps.push_back(std::string(to_string(call.call)) + " " + name);
+  }
+  ASSERT_EQ(steps.size(), 7u);
+  EXPECT_THAT((std::vector(steps.begin(), steps.begin() + 2)),
+              testing::UnorderedElementsAre("sync __0_0.distcp", "sync __0_1.distcp"));
+  EXPECT_THAT((std::vector(steps.begin() + 2, steps.end())),
+              ElementsAre("sync sidecar", "sync_directory directory", "sync temporary", "rename temporary",
+                          "sync_directory directory"));
+}
+
+TEST(FileSystemWriterTest, LeavesOutEverySyncWhenAskedTo) {
+  TemporaryDirectory directory;
+  FaultFileSystem files;
+  save_checkpoint(directory.path(), states<MemorySaveState>({{replica_entry("a", {8})}}), {.sync_files = false}, files);
+  EXPECT_EQ(files.calls(FileCall::kSync), 0u);
+  EXPECT_EQ(files.calls(FileCall::kSyncDirectory), 0u);
+}
+
+/// A file system of one MiB, if this process may mount one.
+class SmallDisk {
+ public:
+  SmallDisk() { mounted_ = ::mount("reshard-test", directory_.path().c_str(), "tmpfs", 0, "size=1m") == 0; }
+  ~SmallDisk() {
+    if (mounted_) ::umount2(directory_.path().c_str(), MNT_DETACH);
+  }
+  bool mounted() const { return mounted_; }
+  const std::string& path() const { return directory_.path(); }
+
+ private:
+  TemporaryDirectory directory_;
+  bool mounted_ = false;
+};
+
+TEST(FileSystemWriterTest, KeepsTheOldCheckpointWhenTheDiskIsFull) {
+  const SmallDisk disk;
+  if (!disk.mounted()) GTEST_SKIP() << "needs the right to mount a tmpfs";
+  const std::vector<StateEntry> small{replica_entry("t", {50'000})};
+  const std::vector<StateEntry> large{replica_entry("t", {50'000}), replica_entry("large", {300'000})};
+  save_checkpoint(disk.path(), states<MemorySaveState>({small}));
+  const auto before = names_in(disk.path());
+  try {
+    save_checkpoint(disk.path(), states<MemorySaveState>({large}));
+    ADD_FAILURE() << "1.2 MB fitted into 1 MiB";
+  } catch (const CheckpointError& error) {
+    EXPECT_EQ(error.committed(), Committed::kNo);
+    EXPECT_EQ(error.code(), ErrorCode::kIo);
+    EXPECT_THAT(error.what(), HasSubstr("No space left on device"));
+    EXPECT_THAT(error.what(), HasSubstr("__0_1.distcp"));
+    EXPECT_THAT(error.what(), HasSubstr("rank 0"));
+  }
+  EXPECT_EQ(names_in(disk.path()), before);
+  auto loaded = states<MemoryLoadState>({small});
+  load_checkpoint(disk.path(), loaded);
+  EXPECT_EQ(first_difference(loaded), "");
+  save_checkpoint(disk.path(), states<MemorySaveState>({small}));  // there is room for this one
+}
+
+}  // namespace
+}  // namespace reshard

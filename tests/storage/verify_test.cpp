@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/storage/verify.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "reshard/format/dcp_metadata.h"
+#include "reshard/format/sidecar.h"
+#include "storage/checkpoint_runs.h"
+#include "support/expect_error.h"
+#include "support/oracle.h"
+#include "support/temporary_directory.h"
+
+namespace reshard {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+void overwrite(const std::string& path, ByteSpan bytes) {
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out.write(as_text(bytes).data(), static_cast<std::streamsize>(bytes.size()));
+}
+
+/// A checkpoint of two ranks with a sharded tensor, a replica and a value.
+class VerifyTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::vector<MemorySaveState> ranks;
+    for (const auto& mine : split({6, 4}, 0, 2)) {
+      ranks.push_back(MemorySaveState({tensor_entry("weight", {6, 4}, mine), replica_entry("bias", {5})}));
+      ranks.back().add_value("step", value_archive("seven"));
+    }
+    save_id_ = save_checkpoint(directory_.path(), ranks).save_id;
+  }
+  std::string path(const std::string& name) const { return directory_ / name; }
+  std::string sidecar(int rank) const { return path(sidecar_name(save_id_, rank)); }
+  Bytes bytes(const std::string& name) const { return read_test_file(name); }
+  VerifyReport verify() const { return verify_checkpoint(directory_.path()); }
+  std::string problems() const {
+    std::string text;
+    for (const Error& problem : verify().problems) text += std::string(problem.what()) + "\n";
+    return text;
+  }
+  template <class Change>
+  void change_metadata(const Change& change) {
+    Metadata metadata = decode_metadata(bytes(path(".metadata")));
+    change(metadata);
+    overwrite(path(".metadata"), encode_metadata(metadata));
+  }
+
+  TemporaryDirectory directory_;
+  std::string save_id_;
+};
+
+TEST_F(VerifyTest, FindsNothingWrongWithASave) {
+  const VerifyReport report = verify();
+  EXPECT_TRUE(report.problems.empty()) << problems();
+  EXPECT_THAT(report.notes, ElementsAre());
+  EXPECT_EQ(report.tensors, 2u);
+  EXPECT_EQ(report.values, 1u);
+  EXPECT_EQ(report.items, 4u);
+  EXPECT_EQ(report.files, 2u);
+}
+
+TEST_F(VerifyTest, FindsNothingWrongWithPyTorchsCheckpoints) {
+  for (const std::string& name : OracleCase::names()) {
+    const VerifyReport report = verify_checkpoint(OracleCase(name).directory().string());
+    EXPECT_TRUE(report.problems.empty()) << name << ": " << report.problems.front().what();
+  }
+}
+
+TEST_F(VerifyTest, ReportsProgressItemByItem) {
+  std::vector<uint64_t> done;
+  const VerifyReport report = verify_checkpoint(directory_.path(), local_file_system(),
+                                                [&](const Progress& progress) { done.push_back(progress.done); });
+  ASSERT_EQ(done.size(), 4u);
+  EXPECT_EQ(done.back(), report.bytes);
+}
+
+// Every byte of the data files and sidecars counts.
+TEST_F(VerifyTest, FindsEveryChangedByteOfDataFilesAndSidecars) {
+  for (const std::string& name : {path("__0_0.distcp"), path("__1_0.distcp"), sidecar(0), sidecar(1)}) {
+    const Bytes good = bytes(name);
+    for (size_t i = 0; i < good.size(); ++i) {
+      Bytes bad = good;
+      bad[i] ^= static_cast<std::byte>(1u << (i % 8));
+      overwrite(name, bad);
+      const VerifyReport report = verify();
+      if (report.problems.empty()) ADD_FAILURE() << name << ": byte " << i << " of " << good.size();
+    }
+    overwrite(name, good);
+  }
+}
+
+TEST_F(VerifyTest, FindsEveryTruncationOfADataFile) {
+  const Bytes good = bytes(path("__1_0.distcp"));
+  for (size_t size = 0; size < good.size(); size += 13) {
+    overwrite(path("__1_0.distcp"), ByteSpan(good).first(size));
+    EXPECT_THAT(problems(), HasSubstr("__1_0.distcp")) << size;
+  }
+}
+
+TEST_F(VerifyTest, NamesAMissingFile) {
+  std::filesystem::remove(path("__1_0.distcp"));
+  EXPECT_THAT(problems(), HasSubstr("__1_0.distcp"));
+}
+
+TEST_F(VerifyTest, NamesAMissingSidecar) {
+  std::filesystem::remove(sidecar(1));
+  EXPECT_THAT(problems(), HasSubstr("a sidecar is missing; file " + sidecar_name(save_id_, 1)));
+}
+
+TEST_F(VerifyTest, NamesASidecarOfAnotherSave) {
+  Sidecar other = decode_sidecar(bytes(sidecar(1)));
+  other.save_id = "another-save";
+  overwrite(sidecar(1), encode_sidecar(other));
+  EXPECT_THAT(problems(), HasSubstr("the sidecar is of another save or rank"));
+  EXPECT_THAT(problems(), HasSubstr("found save another-save, rank 1 of 2"));
+}
+
+TEST_F(VerifyTest, NamesAnItemThatIsNotTheOneOfItsSidecar) {
+  Sidecar stale = decode_sidecar(bytes(sidecar(0)));
+  stale.items.at(0).crc32 ^= 1;
+  overwrite(sidecar(0), encode_sidecar(stale));
+  EXPECT_THAT(problems(), HasSubstr("the item is not the one of its sidecar"));
+  stale = decode_sidecar(bytes(sidecar(1)));
+  stale.items.push_back({0, 1, 1, 0, 0});
+  overwrite(sidecar(1), encode_sidecar(stale));
+  EXPECT_THAT(problems(), HasSubstr("speaks of an item that the catalogue does not have"));
+  stale.files.push_back({"__5_5.distcp", 10});
+  stale.items.back() = {1, 0, 10, 0, 0};
+  overwrite(sidecar(1), encode_sidecar(stale));
+  EXPECT_THAT(problems(), HasSubstr("speaks of a file that the catalogue does not use"));
+}
+
+TEST_F(VerifyTest, NamesWhatIsWrongWithTheChunks) {
+  change_metadata([](Metadata& metadata) {
+    auto& tensor = std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find("weight"));
+    tensor.size = {8, 4};
+  });
+  EXPECT_THAT(problems(), HasSubstr("hole"));
+  EXPECT_THAT(problems(), HasSubstr("weight"));
+}
+
+TEST_F(VerifyTest, NamesATensorThatIsNotTheOneOfTheCatalogue) {
+  change_metadata([](Metadata& metadata) {
+    std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find("weight")).properties.dtype = DType::kInt32;
+  });
+  EXPECT_THAT(problems(), HasSubstr("the stored tensor is not the one of the catalogue"));
+  EXPECT_THAT(problems(), HasSubstr("wanted int32 [3, 4], found float32 [3, 4]"));
+}
+
+TEST_F(VerifyTest, NamesItemsThatOverlap) {
+  change_metadata([](Metadata& metadata) {
+    const StorageInfo weight = *metadata.storage_data.find({"weight", Dims{0, 0}, {}});
+    *metadata.storage_data.find({"bias", Dims{0}, {}}) = weight;
+  });
+  EXPECT_THAT(problems(), HasSubstr("the item overlaps the one before"));
+}
+
+TEST_F(VerifyTest, NotesFilesThatAreNotPartOfTheCheckpoint) {
+  overwrite(path("notes.txt"), {});
+  overwrite(path(sidecar_name("0a0a0a0a-0000-4000-8000-000000000000", 0)), {});
+  const VerifyReport report = verify();
+  EXPECT_TRUE(report.problems.empty());
+  EXPECT_THAT(report.notes, ElementsAre(HasSubstr("sidecar of another save"), "notes.txt: not part of the checkpoint"));
+}
+
+// PyTorch keeps our attributes when it rewrites nothing, but a catalogue that it makes has none of them.
+TEST_F(VerifyTest, TellsADirectoryThatPyTorchSavedOver) {
+  change_metadata([](Metadata& metadata) { metadata.sidecars.reset(); });
+  const VerifyReport report = verify();
+  EXPECT_TRUE(report.problems.empty());
+  EXPECT_THAT(report.notes, ElementsAre(HasSubstr("that PyTorch saved over"), HasSubstr("that PyTorch saved over")));
+}
+
+TEST_F(VerifyTest, CannotBeMadeToListMillionsOfMissingSidecars) {
+  change_metadata([](Metadata& metadata) { metadata.sidecars = int64_t{1} << 60; });
+  EXPECT_LE(verify().problems.size(), 1100u);
+}
+
+TEST_F(VerifyTest, ThrowsWhereThereIsNoCatalogue) {
+  std::filesystem::remove(path(".metadata"));
+  EXPECT_ERROR(ErrorCode::kNotFound, "holds no checkpoint", verify());
+}
+
+}  // namespace
+}  // namespace reshard
