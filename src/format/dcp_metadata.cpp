@@ -300,7 +300,7 @@ class Decoder {
 
 // --- encoding --------------------------------------------------------------------------------------------------------
 
-// Protocol 4. Classes, attribute names, keys and file names are written once and referred to; all else is written out.
+// Protocol 4. Classes, attribute names, keys, file names and most sizes and offsets are written once and referred to; all else is written out.
 class Encoder {
  public:
   Bytes encode(const Metadata& metadata) {
@@ -316,7 +316,7 @@ class Encoder {
     for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
       str(fqn);
       if (const auto* tensor = std::get_if<TensorStorageMetadata>(&entry)) {
-        tensor_entry(*tensor);
+        tensor_entry(fqn, *tensor);
       } else {
         new_object(kCatalogue, "BytesStorageMetadata");
       }
@@ -353,7 +353,7 @@ class Encoder {
       index.index ? integer(*index.index) : op(Op::kNone);
       if (index.offset) {
         str("offset");
-        size(*index.offset);
+        item_offset(index);
       }
       end_object();
       begin_object(kFileSystem, "_StorageInfo");
@@ -542,7 +542,7 @@ class Encoder {
     op(Op::kBuild);
   }
 
-  void tensor_entry(const TensorStorageMetadata& tensor) {
+  void tensor_entry(const std::string& fqn, const TensorStorageMetadata& tensor) {
     begin_object(kCatalogue, "TensorStorageMetadata");
     str("properties");
     properties(tensor.properties);
@@ -551,24 +551,53 @@ class Encoder {
     str("chunks");
     op(Op::kEmptyList);
     op(Op::kMark);
+    Offsets& offsets = offsets_[fqn];
+    offsets.chunks = tensor.chunks;
+    offsets.memo.reserve(tensor.chunks.size());
+    const ChunkStorageMetadata* before = nullptr;
+    uint32_t sizes = 0;  // where the sizes of `before` are
     for (const ChunkStorageMetadata& chunk : tensor.chunks) {
       begin_object(kCatalogue, "ChunkStorageMetadata");
       str("offsets");
       size(chunk.offsets);
+      offsets.memo.push_back(memo_);
+      memoize();
       str("sizes");
-      size(chunk.sizes);
+      if (before != nullptr && before->sizes == chunk.sizes) {
+        recall(sizes);
+      } else {
+        size(chunk.sizes);
+        sizes = memo_;
+        memoize();
+      }
+      before = &chunk;
       end_object();
     }
     op(Op::kAppends);
     end_object();
   }
+  // The offsets of an item are those of its chunk, which the index hints at.
+  void item_offset(const MetadataIndex& index) {
+    if (const auto it = offsets_.find(index.fqn); it != offsets_.end() && index.index) {
+      const auto hint = static_cast<size_t>(*index.index);
+      const Offsets& offsets = it->second;
+      if (hint < offsets.chunks.size() && offsets.chunks[hint].offsets == *index.offset)
+        return recall(offsets.memo[hint]);
+    }
+    size(*index.offset);
+  }
 
+  struct Offsets {
+    std::span<const ChunkStorageMetadata> chunks;
+    std::vector<uint32_t> memo;  // of each chunk's offsets
+  };
   ByteWriter out_;
   uint32_t memo_ = 0;
   std::unordered_map<std::string_view, uint32_t> strings_;
   std::unordered_map<std::string_view, uint32_t> globals_;
   std::unordered_map<std::string_view, uint32_t> layouts_;
   std::unordered_map<int64_t, uint32_t> memory_formats_;
+  std::unordered_map<std::string_view, Offsets> offsets_;
 };
 
 }  // namespace

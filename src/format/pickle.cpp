@@ -278,7 +278,7 @@ class Machine {
   }
 
  private:
-  [[noreturn]] void fail(const std::string& message, ErrorCode code = ErrorCode::kCorruptData) const {
+  [[noreturn]] [[gnu::noinline]] void fail(const std::string& message, ErrorCode code = ErrorCode::kCorruptData) const {
     throw Error(code, "pickle: " + message, {.offset = static_cast<uint64_t>(opcode_ - begin_)});
   }
   void require(bool ok, const char* message) const {
@@ -288,15 +288,17 @@ class Machine {
 
   size_t remaining() const { return static_cast<size_t>(end_ - p_); }
   ByteSpan take(uint64_t n) {
-    if (n > remaining()) [[unlikely]] {
-      throw Error(ErrorCode::kCorruptData, "pickle ends too early",
-                  {.offset = static_cast<uint64_t>(opcode_ - begin_),
-                   .wanted = std::to_string(n) + " bytes",
-                   .found = std::to_string(remaining())});
-    }
+    if (n > remaining()) [[unlikely]]
+      cut_off(n);
     const ByteSpan data(p_, static_cast<size_t>(n));
     p_ += n;
     return data;
+  }
+  [[noreturn]] [[gnu::noinline]] void cut_off(uint64_t n) const {
+    throw Error(ErrorCode::kCorruptData, "pickle ends too early",
+                {.offset = static_cast<uint64_t>(opcode_ - begin_),
+                 .wanted = std::to_string(n) + " bytes",
+                 .found = std::to_string(remaining())});
   }
   template <class T>
   T little() {

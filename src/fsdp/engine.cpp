@@ -309,11 +309,12 @@ bool FsdpEngine::is_armed() const { return forward_depth_ > 0 || summon_depth_ >
 void FsdpEngine::pin(FlatParameter& flat, const std::string& op, const at::Tensor& tensor) {
   std::lock_guard lock(mutex_);
   if (!is_armed()) {
-    throw Error(ErrorCode::kFailedPrecondition,
-                op + " used a sharded parameter outside of a forward pass, a backward pass and SummonFullParams; gathering "
-                     "it here would wait for the other ranks. (An optimizer or a clip needs the sharded model's "
-                     "parameters(), not the module's.)",
-                {.rank = group().rank(), .key = name_at(flat, tensor)});
+    throw Error(
+        ErrorCode::kFailedPrecondition,
+        op + " used a sharded parameter outside of a forward pass, a backward pass and SummonFullParams; gathering "
+             "it here would wait for the other ranks. (An optimizer or a clip needs the sharded model's "
+             "parameters(), not the module's.)",
+        {.rank = group().rank(), .key = name_at(flat, tensor)});
   }
   if (in_backward()) queue_end_of_backward();
   gather(flat);

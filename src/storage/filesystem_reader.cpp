@@ -16,6 +16,7 @@
 #include "reshard/format/strided_copy.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "storage/chunks.h"
 
 namespace reshard {
 namespace {
@@ -40,19 +41,6 @@ struct Stored {
   uint64_t element_bytes = 0;  // of the whole chunk
 };
 
-const Box& find_chunk(const TensorStorageMetadata& tensor, const MetadataIndex& index) {
-  const auto hint = index.index;
-  if (hint && *hint >= 0 && static_cast<size_t>(*hint) < tensor.chunks.size() &&
-      tensor.chunks[static_cast<size_t>(*hint)].offsets == index.offset) {
-    return tensor.chunks[static_cast<size_t>(*hint)];
-  }
-  const auto it = std::ranges::find_if(tensor.chunks, [&](const Box& chunk) { return chunk.offsets == index.offset; });
-  if (it == tensor.chunks.end()) {
-    throw Error(ErrorCode::kCorruptData, "the catalogue has no chunk " + to_string(index), {.key = index.fqn});
-  }
-  return *it;
-}
-
 Stored find_stored(const Metadata& metadata, const MetadataIndex& index) {
   Stored stored;
   const auto position = metadata.storage_data.position(index);
@@ -69,7 +57,10 @@ Stored find_stored(const Metadata& metadata, const MetadataIndex& index) {
                 {.key = index.fqn, .file = place.relative_path, .found = place.transform_descriptors.back()});
   }
   if (stored.tensor != nullptr) {
-    stored.chunk = &find_chunk(*stored.tensor, index);
+    stored.chunk = find_chunk(*stored.tensor, key);
+    if (stored.chunk == nullptr) {
+      throw Error(ErrorCode::kCorruptData, "the catalogue has no chunk " + to_string(index), {.key = index.fqn});
+    }
     stored.element_bytes =
         static_cast<uint64_t>(volume(stored.chunk->sizes) * element_size(stored.tensor->properties.dtype));
   }

@@ -221,7 +221,8 @@ uint32_t add_strided(GatheringWriter& out, const TensorView& view) {
 }
 
 struct Written {
-  uint32_t crc32 = 0;
+  uint32_t payload_crc = 0;  // of a value: of all of it
+  uint32_t item_crc = 0;
   uint64_t payload_offset = 0;
 };
 
@@ -240,7 +241,8 @@ Written write_item(GatheringWriter& out, const WriteItem& item, const StorageInf
     if (value.size() != place.length) {
       disagree("length of a value", std::to_string(place.length), std::to_string(value.size()));
     }
-    return {add_summed(out, value, 0), 0};
+    const uint32_t crc = add_summed(out, value, 0);
+    return {crc, crc, 0};
   }
   const TensorView view = planner.resolve_tensor(item);
   const TensorArchive archive = archive_of(item, alignment);
@@ -254,12 +256,16 @@ Written write_item(GatheringWriter& out, const WriteItem& item, const StorageInf
     disagree("length of an item", std::to_string(place.length), std::to_string(archive.length()));
   }
   out.keep(view.owner);
-  out.add(archive.head());
+  Bytes head = archive.head();
+  const uint32_t head_crc = crc32(head);
+  out.add(std::move(head));
   const uint32_t crc = is_contiguous(view.sizes, view.strides)
                            ? add_summed(out, {view.data, static_cast<size_t>(archive.payload_size())}, 0)
                            : add_strided(out, view);
-  out.add(archive.tail(crc));
-  return {crc, archive.payload_offset()};
+  Bytes tail = archive.tail(crc);
+  const uint32_t item_crc = crc32(tail, crc32_combine(head_crc, crc, archive.payload_size()));
+  out.add(std::move(tail));
+  return {crc, item_crc, archive.payload_offset()};
 }
 
 /// The items of one data file, by offset.
@@ -407,9 +413,9 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
       const Written written = with_error_context({.key = item.index.fqn, .file = job.name}, [&] {
         return write_item(out, item, place, planner, options_.storage_alignment);
       });
-      results[i] = {item.index, place, written.crc32};
+      results[i] = {item.index, place, written.payload_crc};
       sidecar.items[i] = {static_cast<uint32_t>(number), place.offset, place.length, written.payload_offset,
-                          written.crc32};
+                          written.item_crc};
     }
     out.flush();
     sidecar.files[number] = {job.name, out.position()};

@@ -12,6 +12,7 @@
 #include "reshard/format/sidecar.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "storage/chunks.h"
 
 namespace reshard {
 namespace {
@@ -37,11 +38,11 @@ class FileRange final : public ByteSource {
   const StorageInfo& place_;
 };
 
-uint32_t crc32_of(const ByteSource& source, uint64_t begin, uint64_t end) {
+uint32_t crc32_of(const ByteSource& source) {
   Bytes block;
   uint32_t crc = 0;
-  for (; begin < end; begin += block.size()) {
-    block.resize(static_cast<size_t>(std::min(kBlockBytes, end - begin)));
+  for (uint64_t begin = 0; begin < source.size(); begin += block.size()) {
+    block.resize(static_cast<size_t>(std::min(kBlockBytes, source.size() - begin)));
     source.read(begin, block);
     crc = crc32(block, crc);
   }
@@ -214,38 +215,35 @@ class Verifier {
     const FileRange source(file, *item.place);
     unsummed_ += verify_archive(source).without_crc;
     uint64_t payload_begin = 0;
-    std::optional<uint32_t> crc;  // of the payload; of a value, of the whole item
     const StorageMetadata* entry = metadata_.state_dict_metadata.find(item.index->fqn);
     if (const auto* tensor = entry != nullptr ? std::get_if<TensorStorageMetadata>(entry) : nullptr) {
       const TensorItem stored = read_tensor_item(source);
-      const auto chunk =
-          std::ranges::find_if(tensor->chunks, [&](const Box& box) { return box.offsets == item.index->offset; });
-      if (chunk == tensor->chunks.end() || stored.dtype != tensor->properties.dtype || stored.sizes != chunk->sizes) {
+      const Box* chunk = find_chunk(*tensor, *item.index);
+      if (chunk == nullptr || stored.dtype != tensor->properties.dtype || stored.sizes != chunk->sizes) {
         throw Error(ErrorCode::kCorruptData, "the stored tensor is not the one of the catalogue",
                     {.wanted = std::string(to_string(tensor->properties.dtype)) + " " +
-                               (chunk == tensor->chunks.end() ? "?" : to_string(chunk->sizes)),
+                               (chunk == nullptr ? "?" : to_string(chunk->sizes)),
                      .found = std::string(to_string(stored.dtype)) + " " + to_string(stored.sizes)});
       }
       payload_begin = stored.payload_offset;
-      crc = stored.crc32 ? *stored.crc32 : crc32_of(source, payload_begin, payload_begin + stored.payload_size);
     } else {
       decode_value_archive(source);
     }
     // A file without a sidecar was reported once, as a whole.
     if (!sizes_.contains(item.place->relative_path)) return;
-    if (!crc) crc = crc32_of(source, 0, source.size());
+    const uint32_t crc = crc32_of(source);
     const auto& claims = claims_[item.place->relative_path];
     const auto claim = claims.find(item.place->offset);
     if (claim == claims.end()) throw Error(ErrorCode::kCorruptData, "no sidecar speaks of this item");
     const SidecarItem& said = *claim->second.item;
-    if (said.length != item.place->length || said.payload_offset != payload_begin || said.crc32 != *crc) {
+    if (said.length != item.place->length || said.payload_offset != payload_begin || said.crc32 != crc) {
       const auto text = [](uint64_t length, uint64_t payload, uint32_t sum) {
         return "length " + std::to_string(length) + ", payload at " + std::to_string(payload) + ", CRC-32 " +
                std::to_string(sum);
       };
       throw Error(ErrorCode::kCorruptData, "the item is not the one of its sidecar " + claim->second.sidecar,
                   {.wanted = text(said.length, said.payload_offset, said.crc32),
-                   .found = text(item.place->length, payload_begin, *crc)});
+                   .found = text(item.place->length, payload_begin, crc)});
     }
   }
 

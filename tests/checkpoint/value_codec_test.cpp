@@ -38,8 +38,10 @@ TEST(ValueCodecTest, KeepsNestedContainersAndTheTensorsInThem) {
 
 TEST(ValueCodecTest, WhatHasNoTypeHereStaysOpaqueAndUnchanged) {
   pickle::Tree tree;
-  const pickle::Value user_class =
-      tree.object({.callable = tree.global("some.module", "Thing"), .args = tree.tuple({tree.integer(1)})});
+  pickle::Object thing;
+  thing.callable = tree.global("some.module", "Thing");
+  thing.args = tree.tuple({tree.integer(1)});
+  const pickle::Value user_class = tree.object(thing);
   const Bytes archive = encode_value_archive(user_class);
   const StateValue value = decode_value(archive);
   ASSERT_TRUE(value.is<OpaqueValue>());

@@ -182,7 +182,8 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, HoldsOneUnitAtATime, .ran
     EXPECT_EQ(stats.peak_unsharded_bytes, unit_bytes);
     EXPECT_EQ(stats.peak_gradient_bytes, unit_bytes);
     EXPECT_EQ(stats.unsharded_bytes, 0u);
-    EXPECT_EQ(stats.gathers, 6u + 4u) << "backward keeps the last unit of forward, and never reads the weights of the first";
+    EXPECT_EQ(stats.gathers, 6u + 4u)
+        << "backward keeps the last unit of forward, and never reads the weights of the first";
     EXPECT_EQ(stats.reductions, 6u);
     model.zero_grad();
     {
@@ -230,8 +231,7 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, NamesWhatIsUsedWrongly, .
 
   // The module's own handles in an optimizer or a clip.
   torch::optim::SGD wrong(model.module()->parameters(), 0.1);
-  expect_error(ErrorCode::kFailedPrecondition, {"parameters()", "key weight"},
-               [&] { wrong.step(); });
+  expect_error(ErrorCode::kFailedPrecondition, {"parameters()", "key weight"}, [&] { wrong.step(); });
   expect_error(ErrorCode::kFailedPrecondition, {"own parameter handle", "clip_grad_norm"},
                [&] { torch::nn::utils::clip_grad_norm_(model.module()->parameters(), 1.0); });
   // A gradient that no optimizer used.
@@ -259,8 +259,11 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, NamesWhatIsUsedWrongly, .
   // Handles that were replaced.
   {
     auto moved = FullyShardedDataParallel(torch::nn::Linear(3, 5), options);
-    expect_error(ErrorCode::kFailedPrecondition, {"outside", "set_data"}, [&] { moved.module()->weight.set_data(at::zeros({5, 3})); });
-    expect_error(ErrorCode::kFailedPrecondition, {"outside", "aten::_to_copy"}, [&] { moved.module()->to(at::kDouble); });
+    expect_error(ErrorCode::kFailedPrecondition, {"outside", "set_data"}, [&] {
+      moved.module()->weight.set_data(at::zeros({5, 3}));
+    });
+    expect_error(ErrorCode::kFailedPrecondition, {"outside", "aten::_to_copy"},
+                 [&] { moved.module()->to(at::kDouble); });
     moved.module()->weight.unsafeGetTensorImpl()->shallow_copy_from(at::zeros({5, 3}).getIntrusivePtr());
     expect_error(ErrorCode::kFailedPrecondition, {"no longer belongs", "weight"}, [&] { moved(x); });
   }
@@ -315,8 +318,9 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, AccumulatesAndClipsLikeTh
           if (without_sync && micro < 2) guard.emplace(model.engine());
           model(mine(micro)).square().mean().backward();
           reference(data[micro]).square().mean().backward();
-          if (guard)
+          if (guard) {
             EXPECT_FALSE(model.parameters()[0].grad().defined()) << "nothing is reduced without synchronisation";
+          }
         }
         EXPECT_EQ(model.memory_stats().reductions - reductions, without_sync ? 6u : 18u);
         EXPECT_EQ(model.memory_stats().gradient_bytes, 0u);

@@ -92,8 +92,8 @@ struct SmallImpl : torch::nn::Module {
 TORCH_MODULE(Small);
 
 /// A sharded model and its optimizer.
-struct Run {
-  Run(const std::shared_ptr<ProcessGroup>& group, const Kind& kind, ShardLayout layout, uint64_t seed)
+struct TrainingRun {
+  TrainingRun(const std::shared_ptr<ProcessGroup>& group, const Kind& kind, ShardLayout layout, uint64_t seed)
       : model((at::manual_seed(seed), Small()),
               {.process_group = group, .wrap_policy = wrap_by_name({"first"}), .layout = layout}),
         optimizer(kind.make(model.parameters())) {}
@@ -115,7 +115,7 @@ RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, ContinuesOnOtherRanksAndLayoutsAsIf
   const auto pair = new_group({0, 2});
   for (const Kind& kind : kinds()) {
     SCOPED_TRACE(kind.name);
-    Run run(world, kind, ShardLayout::kFlat, 41);
+    TrainingRun run(world, kind, ShardLayout::kFlat, 41);
     run.steps(3);
     const uint64_t sent = world->traffic().bytes;
     const StateDict state = optimizer_state_dict(*run.optimizer, run.model);
@@ -146,7 +146,7 @@ RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, ContinuesOnOtherRanksAndLayoutsAsIf
     const StateDict wanted = run.model.state_dict(StateDictType::kFull);
     for (const ShardLayout layout : {ShardLayout::kFlat, ShardLayout::kDim0Chunks}) {
       if (!pair->is_member()) continue;
-      Run resumed(pair, kind, layout, 42);
+      TrainingRun resumed(pair, kind, layout, 42);
       resumed.model.load_state_dict(model_state);
       // Settings come with the state.
       const double lr = resumed.optimizer->param_groups()[0].options().get_lr();
@@ -160,7 +160,7 @@ RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, ContinuesOnOtherRanksAndLayoutsAsIf
       }
       if (kind.state_keys.empty()) continue;
       // The control: without the moments it goes elsewhere.
-      Run forgetful(pair, kind, layout, 42);
+      TrainingRun forgetful(pair, kind, layout, 42);
       forgetful.model.load_state_dict(model_state);
       forgetful.steps(3, 3);
       const StateDict other = forgetful.model.state_dict(StateDictType::kFull);
@@ -174,7 +174,7 @@ RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, ContinuesOnOtherRanksAndLayoutsAsIf
 RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, GivesTargetsForALoadAndNamesWhatDoesNotFit, .ranks = 2) {
   const auto group = process_group();
   const Kind adamw = kinds().front();
-  Run run(group, adamw, ShardLayout::kFlat, 51);
+  TrainingRun run(group, adamw, ShardLayout::kFlat, 51);
   // Before the first step: zeros to load into, in place.
   const StateDict target = optimizer_state_dict(*run.optimizer, run.model);
   const StateDict& entry = target.at("state").as<StateDict>().at("first.weight");
@@ -188,7 +188,7 @@ RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, GivesTargetsForALoadAndNamesWhatDoe
   for (const LocalShard& shard : loaded.at("exp_avg").as<ShardedTensor>().shards())
     EXPECT_TRUE(at::all(shard.tensor == 0.25).item<bool>());
   // Creating state early changes nothing in training.
-  Run eager(group, adamw, ShardLayout::kFlat, 52), lazy(group, adamw, ShardLayout::kFlat, 52);
+  TrainingRun eager(group, adamw, ShardLayout::kFlat, 52), lazy(group, adamw, ShardLayout::kFlat, 52);
   optimizer_state_dict(*eager.optimizer, eager.model);
   eager.steps(2);
   lazy.steps(2);

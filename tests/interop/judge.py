@@ -6,6 +6,7 @@
   judge.py continue DIR --ranks N --steps S --text T --seed K --log FILE    FSDP and AdamW on N ranks go on training; losses go to FILE
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -29,8 +30,8 @@ from language_model import Block, LanguageModel, batch_of, read_text
 
 
 def digest(tensor):
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else b""
-    return hashlib.sha256(data.numpy().tobytes() if tensor.numel() else b"").hexdigest()
+    data = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(ctypes.string_at(data.data_ptr(), data.nbytes) if data.nbytes else b"").hexdigest()
 
 
 def compare(what, wanted, found):

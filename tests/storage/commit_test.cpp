@@ -4,8 +4,10 @@
 // old checkpoint or the new one, whole, and the error says which.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <filesystem>
 #include <set>
 

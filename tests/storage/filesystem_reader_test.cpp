@@ -82,12 +82,12 @@ TEST_F(FileSystemReaderTest, RefusesEveryTruncationOfTheCatalogue) {
 
 TEST_F(FileSystemReaderTest, RefusesAForeignCatalogue) {
   overwrite(path(".metadata"), as_bytes("PK\3\4 this is no pickle"));
-  EXPECT_ERROR(ErrorCode::kCorruptData, path(".metadata"), FileSystemReader(directory_.path()).read_metadata());
+  EXPECT_ERROR(ErrorCode::kUnsupported, "pickle: opcode PERSID", FileSystemReader(directory_.path()).read_metadata());
   overwrite(path(".metadata"), as_bytes("\x80\x02}."));  // a pickled {}
   EXPECT_ERROR(ErrorCode::kCorruptData, path(".metadata"), FileSystemReader(directory_.path()).read_metadata());
   overwrite(path(".metadata"), as_bytes("\x80\x02"
-                                        "cposix\nsystem\nX\x04\x00\x00\x00true\x85R."));
-  EXPECT_ANY_THROW(FileSystemReader(directory_.path()).read_metadata());
+                                        "cposix\nsystem\n\x8c\x04true\x85R."));
+  EXPECT_ERROR(ErrorCode::kCorruptData, "posix", FileSystemReader(directory_.path()).read_metadata());
   std::filesystem::remove(path(".metadata"));
   std::filesystem::create_directory(path(".metadata"));
   EXPECT_ERROR(ErrorCode::kCorruptData, path(".metadata"), FileSystemReader(directory_.path()).read_metadata());
@@ -151,7 +151,7 @@ TEST_F(FileSystemReaderTest, ChecksTheSumOfEveryPayloadReadWhole) {
     const uint64_t payload = place.offset + TensorArchive(DType::kFloat32, size).payload_offset();
     for (const uint64_t at : {uint64_t{0}, static_cast<uint64_t>(volume(size) * 4 - 1)}) {
       change_byte(place.relative_path, payload + at);
-      EXPECT_ERROR(ErrorCode::kCorruptData, "do not match their CRC-32; key t, file " + place.relative_path,
+      EXPECT_ERROR(ErrorCode::kCorruptData, "do not match their CRC-32; rank 0, key t, file " + place.relative_path,
                    read_alone(directory_.path(), state));
       read_alone(directory_.path(), state, {.verify_checksums = false});
       EXPECT_NE(state.first_difference(), "");
@@ -182,7 +182,7 @@ TEST_F(FileSystemReaderTest, RefusesATensorThatIsNotTheOneOfTheCatalogue) {
       const Dims origin(std::string(other) == "b" ? 2 : 1, 0);
       *metadata.storage_data.find({"a", Dims{0}, {}}) = *metadata.storage_data.find({other, origin, {}});
     };
-    EXPECT_ERROR(ErrorCode::kCorruptData, "not the one of the catalogue; key a",
+    EXPECT_ERROR(ErrorCode::kCorruptData, "not the one of the catalogue; rank 0, key a",
                  read_alone(directory_.path(), state, {}, local_file_system(), swap));
   }
 }

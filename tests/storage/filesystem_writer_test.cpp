@@ -150,7 +150,7 @@ TEST(FileSystemWriterTest, GathersSmallItemsIntoLargeWrites) {
   EXPECT_EQ(files.calls(FileCall::kRead), 0u);
 }
 
-TEST(FileSystemWriterTest, ReceiptsAndSidecarCarryTheSameSums) {
+TEST(FileSystemWriterTest, SumsPayloadsInReceiptsAndItemsInTheSidecar) {
   TemporaryDirectory directory;
   MemorySaveState state({replica_entry("t", {3})});
   state.add_value("v", value_archive("text"));
@@ -170,8 +170,11 @@ TEST(FileSystemWriterTest, ReceiptsAndSidecarCarryTheSameSums) {
   const uint64_t end = plan.storage[0].offset + plan.storage[0].length;
   EXPECT_THAT(sidecar.files, ElementsAre(SidecarFile{"__0_0.distcp", end}));
   const uint64_t payload = TensorArchive(DType::kFloat32, {3}).payload_offset();
+  // The sidecar's sums are of whole items.
+  const Bytes file = local_file_system().read_file(directory / "__0_0.distcp", 1 << 20);
+  const auto sum = [&](const StorageInfo& place) { return crc32(ByteSpan(file).subspan(place.offset, place.length)); };
   EXPECT_THAT(sidecar.items,
-              ElementsAre(SidecarItem{0, plan.storage[0].offset, plan.storage[0].length, payload, results[0].crc32},
+              ElementsAre(SidecarItem{0, plan.storage[0].offset, plan.storage[0].length, payload, sum(plan.storage[0])},
                           SidecarItem{0, plan.storage[1].offset, plan.storage[1].length, 0, results[1].crc32}));
   writer.abandon();
   EXPECT_THAT(names_in(directory.path()), ElementsAre());

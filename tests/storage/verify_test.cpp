@@ -86,13 +86,16 @@ TEST_F(VerifyTest, FindsEveryChangedByteOfDataFilesAndSidecars) {
   for (const std::string& name : {path("__0_0.distcp"), path("__1_0.distcp"), sidecar(0), sidecar(1)}) {
     const Bytes good = bytes(name);
     for (size_t i = 0; i < good.size(); ++i) {
-      Bytes bad = good;
-      bad[i] ^= static_cast<std::byte>(1u << (i % 8));
-      overwrite(name, bad);
-      const VerifyReport report = verify();
-      if (report.problems.empty()) ADD_FAILURE() << name << ": byte " << i << " of " << good.size();
+      const auto put = [&](std::byte byte) {
+        std::fstream file(name, std::ios::binary | std::ios::in | std::ios::out);
+        file.seekp(static_cast<std::streamoff>(i));
+        file.put(static_cast<char>(byte));
+      };
+      put(good[i] ^ static_cast<std::byte>(1u << (i % 8)));
+      if (verify().problems.empty()) ADD_FAILURE() << name << ": byte " << i << " of " << good.size();
+      put(good[i]);
     }
-    overwrite(name, good);
+    EXPECT_EQ(problems(), "");
   }
 }
 
@@ -142,7 +145,7 @@ TEST_F(VerifyTest, NamesWhatIsWrongWithTheChunks) {
     auto& tensor = std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find("weight"));
     tensor.size = {8, 4};
   });
-  EXPECT_THAT(problems(), HasSubstr("hole"));
+  EXPECT_THAT(problems(), HasSubstr("no chunk covers [6, 0]"));
   EXPECT_THAT(problems(), HasSubstr("weight"));
 }
 

@@ -32,8 +32,8 @@ struct SidecarItem {
   uint32_t file = 0;
   uint64_t offset = 0;
   uint64_t length = 0;
-  uint64_t payload_offset = 0;  // of the tensor's elements, in the item; for a value, of its pickle
-  uint32_t crc32 = 0;           // of the payload
+  uint64_t payload_offset = 0;  // of the tensor's elements, in the item; 0 for a value
+  uint32_t crc32 = 0;           // of the whole item: headers, which carry no sum of their own, too
   friend bool operator==(const SidecarItem&, const SidecarItem&) = default;
 };
 

@@ -7,9 +7,7 @@
 //   LOCAL_WORLD_SIZE, LOCAL_RANK   the same on this host; default: every rank is on this host
 //   TORCHELASTIC_USE_AGENT_STORE   "True" when the launcher itself serves the store, so that rank 0 must not
 //   RESHARD_MASTER_LISTEN_FD       rank 0 only: a listening socket bound to MASTER_PORT, opened by the launcher, for
-//   rank 0's
-//                                  store to serve on. No port is chosen twice, none is taken by somebody else
-//                                  meanwhile.
+//                                  rank 0's store to serve on: no port is chosen twice, none is taken meanwhile
 
 #include <cstdint>
 #include <optional>

@@ -5,11 +5,9 @@
 // Order of events in one launch():
 //   1. The store's port is bound (127.0.0.1, chosen by the kernel) and the listening socket goes to rank 0 alone.
 //   2. A supervisor process is forked; it starts the ranks with the environment of launch/environment.h, and is the
-//   reaper of
-//      all their descendants. stdin is /dev/null; stdout and stderr come back as lines.
+//      reaper of all their descendants. stdin is /dev/null; stdout and stderr come back as lines.
 //   3. The caller's thread waits, passes lines on, and decides: a rank that ended otherwise than `is_success` allows,
-//   or a deadline
-//      that passed, ends the others: SIGCONT and a signal first, SIGKILL after `end_grace`.
+//      or a deadline that passed, ends the others: SIGCONT and a signal first, SIGKILL after `end_grace`.
 //   4. When all ranks have ended, the supervisor ends what they left behind and goes.
 //
 // Nothing survives the caller: when it dies, also by SIGKILL, the supervisor sees the end of file on their socket and
