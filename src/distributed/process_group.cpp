@@ -94,7 +94,17 @@ World& world() {
   return *instance;
 }
 
+/// The rendezvous store. Served and connected once a process and kept to its end, also over destroy_process_group: a rank that
+/// joins again must not meet a server that is about to go, and the listening socket can be used only once.
+struct Rendezvous {
+  std::string address;
+  c10::intrusive_ptr<c10d::Store> store;
+  int joins = 0;
+};
+
 c10::intrusive_ptr<c10d::Store> connect_store(const RankEnvironment& env, std::chrono::milliseconds timeout) {
+  static Rendezvous& rendezvous = *new Rendezvous();  // never destroyed, as world()
+  const std::string address = env.master_addr + ":" + std::to_string(env.master_port);
   c10d::TCPStoreOptions options;
   options.port = env.master_port;
   // Under torchrun the agent hosts the store already: everyone is a client.
@@ -104,9 +114,16 @@ c10::intrusive_ptr<c10d::Store> connect_store(const RankEnvironment& env, std::c
   options.timeout = timeout;
   if (options.isServer && env.master_listen_fd) options.masterListenFd = env.master_listen_fd;
   try {
-    auto store = c10::make_intrusive<c10d::TCPStore>(env.master_addr, options);
+    if (!rendezvous.store || rendezvous.address != address) {
+      rendezvous = {address, c10::make_intrusive<c10d::TCPStore>(env.master_addr, options), 0};
+      if (options.masterListenFd) unsetenv(kMasterListenFdVariable);  // it is the store's now
+    }
+    rendezvous.store->setTimeout(timeout);
     const char* restart = std::getenv("TORCHELASTIC_RESTART_COUNT");
-    return c10::make_intrusive<c10d::PrefixStore>(std::string("reshard/") + (restart ? restart : "0"), store);
+    // A group must not read the addresses that an earlier one left.
+    return c10::make_intrusive<c10d::PrefixStore>(
+        std::string("reshard/") + (restart ? restart : "0") + "/" + std::to_string(rendezvous.joins++),
+        rendezvous.store);
   } catch (const std::exception& error) {
     const std::string text = first_line(error.what());
     throw Error(is_timeout(text) ? ErrorCode::kTimeout : ErrorCode::kUnavailable,

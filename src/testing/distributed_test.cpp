@@ -41,9 +41,6 @@ std::string seconds(std::chrono::nanoseconds time) {
   return text.data();
 }
 
-/// Whether this process is a rank that run_parent() started, rather than one of torchrun's.
-bool has_parent() { return std::getenv("RANK") != nullptr && std::getenv(kTempDirVariable) != nullptr; }
-
 // --- in a rank -------------------------------------------------------------------------------------------------------
 
 /// Sends what happens in this rank to the parent, in place of GoogleTest's own text.
@@ -253,6 +250,8 @@ LaunchOptions launch_options(const Case& described, const std::filesystem::path&
 }
 
 }  // namespace
+
+bool has_parent() { return std::getenv("RANK") != nullptr && std::getenv(kTempDirVariable) != nullptr; }
 
 std::string describe(const DistributedTestOptions& options) {
   return plural(options.ranks, "rank") + " on " + (options.gpus == 0 ? "cpu" : plural(options.gpus, "GPU")) +

@@ -23,15 +23,12 @@ void TorchDistributedTest::tear_down_rank() {
   const auto group = try_default_process_group();
   if (!group) return;
   const auto env = read_rank_environment();
-  const bool hosted_by_launcher = env && env->agent_store;
+  const bool served_by_rank_0 = env && !env->agent_store;
   try {
-    if (hosted_by_launcher) {
-      // Other cases may follow in these processes: nobody takes the group apart while another still talks in it.
-      if (!HasFailure()) group->barrier();
-    } else if (rank() != 0) {
+    if (served_by_rank_0 && rank() != 0) {
       group->store()->set("testing/left/" + std::to_string(rank()), std::vector<uint8_t>{1});
-    } else if (!HasFatalFailure()) {
-      // Rank 0 serves the store, so it leaves last; but when it left its body early, peers may wait for it.
+    } else if (served_by_rank_0 && !HasFatalFailure()) {
+      // Rank 0 leaves last; but when it left its body early, peers may wait for it.
       std::vector<std::string> keys;
       for (int r = 1; r < world_size(); ++r) {
         if (!options().expected.contains(r)) keys.push_back("testing/left/" + std::to_string(r));
@@ -40,7 +37,9 @@ void TorchDistributedTest::tear_down_rank() {
     }
   } catch (const std::exception&) {  // a peer that did not come this far tells its own story
   }
-  if (!HasFailure()) destroy_process_group();
+  // After a failure the end of the process closes the connections soonest. Without a parent other cases may follow in this
+  // process, and closing them here is what tells peers.
+  if (!HasFailure() || !testing_detail::has_parent()) destroy_process_group();
 }
 
 }  // namespace reshard

@@ -135,6 +135,8 @@ namespace testing_detail {
 /// "2 ranks on cpu within 60 s": GoogleTest's value parameter of the case, from which the CMake module derives labels.
 std::string describe(const DistributedTestOptions& options);
 std::vector<std::pair<std::string, DistributedTestOptions>> variants(const DeviceTestOptions& options);
+/// Whether this process is a rank of one case that a parent started, rather than one of torchrun's.
+bool has_parent();
 /// Makes a rank ready to report to its parent. Called by every registration; does its work once, and nothing in a
 /// parent.
 void prepare_rank_process();
