@@ -14,7 +14,8 @@
 # reshard_add_distributed_test(<name> SOURCES a.cpp ... [LIBRARIES lib ...] [LABELS label ...] [TORCH])
 #   For the project itself: a test program like reshard_add_test's, with the fixture linked in (TORCH: the one for LibTorch), discovered as above.
 
-set(_reshard_distributed_test_module "${CMAKE_CURRENT_LIST_FILE}")
+# A cache entry: functions of this module are called from folders that do not see the variables of the one that included it.
+set(_reshard_distributed_test_module "${CMAKE_CURRENT_LIST_FILE}" CACHE INTERNAL "")
 
 function(reshard_discover_distributed_tests target)
   cmake_parse_arguments(arg "" "PREFIX;RESOURCE_FILE" "LABELS" ${ARGN})

@@ -304,6 +304,7 @@ class Decoder {
 class Encoder {
  public:
   Bytes encode(const Metadata& metadata) {
+    out_.buffer().reserve(4096 + 128 * metadata.storage_data.size());  // about what two-dimensional chunks take
     op(Op::kProto);
     out_.u8(4);
     op(Op::kFrame);
