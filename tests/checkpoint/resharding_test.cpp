@@ -92,7 +92,7 @@ RESHARD_DISTRIBUTED_TEST(ReshardingTest, TheKindOfContainerIsNotPartOfTheFile, .
 // Four ranks' shards read by three, and rows read as columns, cost no byte more than is needed.
 RESHARD_DISTRIBUTED_TEST(ReshardingTest, ReadsOnlyTheBytesThatAreNeeded, .ranks = 4) {
   process_group();
-  const Dims size{240, 1000};
+  const Dims size{2400, 1000};  // large enough that the items' headers (2 KiB each) are small beside them
   const auto split = [&](size_t dim, int parts) {
     Spec spec;
     for (int r = 0; r < parts; ++r) spec.emplace_back(r, split_evenly(whole_box(size), dim, parts, r));

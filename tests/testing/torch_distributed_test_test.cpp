@@ -28,6 +28,15 @@ RESHARD_DISTRIBUTED_TEST(TorchDistributedTestTest, RanksMayEndInAnyOrder, .ranks
   if (rank() == 0) group->store()->set("key", std::vector<uint8_t>{1, 2});
 }
 
+RESHARD_DISTRIBUTED_TEST(TorchDistributedTestTest, RanksMayJoinAgain, .ranks = 2) {
+  for (int round = 0; round < 3; ++round) {
+    at::Tensor tensor = at::full({1}, 1.0);
+    process_group()->all_reduce_sum(tensor);
+    EXPECT_EQ(tensor.item<double>(), 2);
+    destroy_process_group();
+  }
+}
+
 RESHARD_DISTRIBUTED_TEST(TorchDistributedTestTest, SurvivorsSeeADeadRank, .ranks = 3,
                          .expected = {{2, killed_by(SIGKILL)}}) {
   at::Tensor tensor = at::full({3}, 1.0);

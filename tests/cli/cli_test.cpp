@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The built `reshard` program, run as a user runs it.
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <regex>
+
+#include "reshard/format/sha256.h"
+#include "storage/checkpoint_runs.h"
+#include "support/oracle.h"
+#include "support/temporary_directory.h"
+
+namespace reshard {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+
+struct CommandResult {
+  int exit_code = -1;
+  std::string out;
+  std::string err;
+};
+
+std::string text_of(const std::string& path) {
+  const Bytes bytes = read_test_file(path);
+  return std::string(as_text(bytes));
+}
+
+/// Runs `reshard` with its output in files, so that no pipe can fill up.
+CommandResult reshard_command(std::vector<std::string> arguments) {
+  const TemporaryDirectory directory;
+  arguments.insert(arguments.begin(), RESHARD_CLI);
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  constexpr int kFlags = O_WRONLY | O_CREAT | O_TRUNC;
+  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, (directory / "out").c_str(), kFlags, 0600);
+  posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, (directory / "err").c_str(), kFlags, 0600);
+  pid_t pid = 0;
+  const int error = ::posix_spawnp(&pid, argv[0], &actions, nullptr, argv.data(), environ);
+  posix_spawn_file_actions_destroy(&actions);
+  if (error != 0) throw std::runtime_error("cannot start " + arguments[0]);
+  int status = 0;
+  ::waitpid(pid, &status, 0);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), text_of(directory / "out"),
+          text_of(directory / "err")};
+}
+
+/// A checkpoint of two ranks of ours.
+class CliTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::vector<MemorySaveState> ranks;
+    for (const auto& mine : split({6, 4}, 0, 2)) {
+      ranks.push_back(MemorySaveState({tensor_entry("model.weight", {6, 4}, mine), replica_entry("model.bias", {5})}));
+      ranks.back().add_value("step", value_archive("seven"));
+    }
+    saved_ = save_checkpoint(directory_.path(), ranks);
+  }
+  const std::string& path() const { return directory_.path(); }
+  TemporaryDirectory directory_;
+  SaveResult saved_;
+};
+
+TEST_F(CliTest, InspectPrintsKeysShapesAndFiles) {
+  const CommandResult run = reshard_command({"inspect", path()});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out, HasSubstr("2 tensors (116 B), 1 values, in 4 items and 2 files"));
+  EXPECT_THAT(run.out, HasSubstr("saved by reshard"));
+  EXPECT_THAT(run.out, HasSubstr(saved_.save_id));
+  const auto line = [&](const char* pattern) { return std::regex_search(run.out, std::regex(pattern)); };
+  EXPECT_TRUE(line("model\\.weight +float32 +\\[6, 4\\] +2 +96\n")) << run.out;
+  EXPECT_TRUE(line("model\\.bias +float32 +\\[5\\] +1 +20\n")) << run.out;
+  EXPECT_TRUE(line("step +value")) << run.out;
+  EXPECT_TRUE(line("__1_0\\.distcp +1 +[0-9]+\n")) << run.out;
+  EXPECT_EQ(run.err, "");
+  EXPECT_THAT(reshard_command({"inspect", "--chunks", path()}).out, HasSubstr("[3, 0]+[3, 4]"));
+}
+
+// Keys, shapes, dtypes, chunks and their places, against what PyTorch itself read from its catalogues.
+TEST_F(CliTest, InspectJsonAgreesWithPyTorchOnEveryGoldenCheckpoint) {
+  for (const std::string& name : OracleCase::names()) {
+    const OracleCase oracle(name);
+    const CommandResult run = reshard_command({"inspect", oracle.directory().string(), "--json"});
+    ASSERT_EQ(run.exit_code, 0) << name << run.err;
+    const auto found = nlohmann::json::parse(run.out);
+    EXPECT_EQ(found.at("saved_by"), "PyTorch");
+    const auto& catalogue = oracle.expected().at("catalogue");
+    EXPECT_EQ(found.at("values"), catalogue.at("bytes")) << name;
+    auto tensors = found.at("tensors");
+    for (auto& tensor : tensors) {
+      tensor["size"] = tensor["shape"];
+      tensor.erase("shape");
+      tensor.erase("bytes");
+    }
+    EXPECT_EQ(tensors, catalogue.at("tensors")) << name;
+  }
+}
+
+TEST_F(CliTest, InspectSaysWhichFilesAreMissing) {
+  std::filesystem::remove(directory_ / "__1_0.distcp");
+  const CommandResult run = reshard_command({"inspect", path()});
+  EXPECT_EQ(run.exit_code, 0);
+  EXPECT_TRUE(std::regex_search(run.out, std::regex("__1_0\\.distcp +1 +missing\n"))) << run.out;
+  const auto json = nlohmann::json::parse(reshard_command({"inspect", path(), "--json"}).out);
+  EXPECT_TRUE(json.at("files").at("__1_0.distcp").at("size").is_null());
+}
+
+// A data file that cannot be opened does not matter to it.
+TEST_F(CliTest, InspectOpensNoDataFile) {
+  for (const char* name : {"__0_0.distcp", "__1_0.distcp"}) {
+    std::filesystem::remove(directory_ / name);
+    std::filesystem::create_symlink("nowhere", directory_ / name);
+  }
+  const CommandResult run = reshard_command({"inspect", path()});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out, HasSubstr("missing"));
+}
+
+TEST_F(CliTest, ControlCharactersInKeysDoNotReachTheTerminal) {
+  save_checkpoint(path(), states<MemorySaveState>({{replica_entry("evil\x1b[2J\nkey", {2})}}));
+  for (const char* command : {"inspect", "digest"}) {
+    const CommandResult run = reshard_command({command, path()});
+    EXPECT_THAT(run.out, HasSubstr("evil\\x1b[2J\\x0akey"));
+    EXPECT_THAT(run.out, Not(HasSubstr("\x1b")));
+  }
+}
+
+TEST_F(CliTest, VerifyAcceptsWhatIsWhole) {
+  const CommandResult run = reshard_command({"verify", path()});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out, HasSubstr("whole: 2 tensors and 1 values in 4 items, 2 files"));
+  EXPECT_EQ(run.err, "");
+  EXPECT_EQ(reshard_command({"verify", "-q", path()}).out, "");
+  for (const std::string& name : OracleCase::names()) {
+    const CommandResult golden = reshard_command({"verify", OracleCase(name).directory().string()});
+    EXPECT_EQ(golden.exit_code, 0) << name << golden.err;
+  }
+}
+
+TEST_F(CliTest, VerifyNamesEachProblemOnALine) {
+  Bytes bytes = read_test_file(directory_ / "__1_0.distcp");
+  bytes.at(704) ^= std::byte{1};  // the first byte of the elements
+  std::ofstream(directory_ / "__1_0.distcp", std::ios::binary) << as_text(bytes);
+  std::filesystem::remove(directory_ / (".reshard-" + saved_.save_id + "-0"));
+  const CommandResult run = reshard_command({"verify", path()});
+  EXPECT_EQ(run.exit_code, 1);
+  EXPECT_THAT(run.err, HasSubstr("key model.weight, file __1_0.distcp, offset "));
+  EXPECT_THAT(run.err, HasSubstr("a sidecar is missing; file .reshard-" + saved_.save_id + "-0"));
+  EXPECT_THAT(run.out, HasSubstr("broken"));
+}
+
+TEST_F(CliTest, DigestJsonEqualsThatOfEveryGoldenTensor) {
+  for (const std::string& name : OracleCase::names()) {
+    const OracleCase oracle(name);
+    nlohmann::json expected = nlohmann::json::object();
+    for (const auto& item : oracle.expected().at("tensors").items()) {
+      expected[item.key()] = to_hex(Sha256::of(oracle.tensor(item.key())));
+    }
+    const CommandResult run = reshard_command({"digest", oracle.directory().string(), "--json"});
+    ASSERT_EQ(run.exit_code, 0) << name << run.err;
+    EXPECT_EQ(nlohmann::json::parse(run.out), expected) << name;
+  }
+}
+
+TEST_F(CliTest, DigestPrintsALineForEachTensor) {
+  const std::string digest = to_hex(Sha256::of(pattern_of("model.bias", {5}, whole_box({5}), 4)));
+  const CommandResult run = reshard_command({"digest", path()});
+  EXPECT_EQ(run.exit_code, 0);
+  EXPECT_THAT(run.out, HasSubstr(digest + "  model.bias\n"));
+  EXPECT_THAT(run.out, Not(HasSubstr("step")));
+}
+
+TEST_F(CliTest, LaunchStartsRanksWithTheirEnvironment) {
+  const CommandResult run =
+      reshard_command({"launch", "-n", "2", "--", "sh", "-c", "echo $RANK of $WORLD_SIZE $1", "sh", "--x"});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out, HasSubstr("[rank 0] 0 of 2 --x\n"));
+  EXPECT_THAT(run.out, HasSubstr("[rank 1] 1 of 2 --x\n"));
+}
+
+TEST_F(CliTest, LaunchNamesTheRankThatFailed) {
+  const CommandResult run = reshard_command({"launch", "-n", "2", "--", "sh", "-c", "exit $(($RANK * 7))"});
+  EXPECT_EQ(run.exit_code, 1);
+  EXPECT_THAT(run.err, HasSubstr("reshard: rank 1 exited with code 7\n"));
+  EXPECT_THAT(run.err, Not(HasSubstr("rank 0")));
+}
+
+TEST_F(CliTest, LaunchEndsARunPastItsDeadline) {
+  const CommandResult run = reshard_command({"launch", "-n", "1", "--deadline", "0.2", "--", "sleep", "60"});
+  EXPECT_EQ(run.exit_code, 1);
+  EXPECT_THAT(run.err, HasSubstr("the deadline has passed"));
+}
+
+TEST_F(CliTest, AnErrorIsOneLineAndExitCodeOne) {
+  for (const char* command : {"inspect", "verify", "digest"}) {
+    const CommandResult run = reshard_command({command, path() + "/nowhere"});
+    EXPECT_EQ(run.exit_code, 1);
+    EXPECT_EQ(run.out, "");
+    EXPECT_EQ(run.err, "reshard: not found: there is no such checkpoint directory; file " + path() + "/nowhere\n");
+  }
+}
+
+TEST_F(CliTest, WrongUsageIsExitCodeTwo) {
+  const std::vector<std::vector<std::string>> wrong{{},
+                                                    {"inspect"},
+                                                    {"frobnicate"},
+                                                    {"inspect", path(), "--what"},
+                                                    {"launch", "-n", "2"},
+                                                    {"launch", "-n", "0", "--", "true"},
+                                                    {"launch", "--", "true"}};
+  for (const auto& arguments : wrong) {
+    const CommandResult run = reshard_command(arguments);
+    EXPECT_EQ(run.exit_code, 2) << testing::PrintToString(arguments);
+    EXPECT_NE(run.err, "") << testing::PrintToString(arguments);
+  }
+  EXPECT_EQ(reshard_command({"--help"}).exit_code, 0);
+}
+
+TEST_F(CliTest, OutputThatCannotBeWrittenIsAnError) {
+  const std::string command = std::string(RESHARD_CLI) + " inspect " + path() + " > /dev/full 2> /dev/null";
+  const int status = std::system(command.c_str());
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 1);
+}
+
+}  // namespace
+}  // namespace reshard
