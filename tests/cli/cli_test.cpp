@@ -83,7 +83,7 @@ TEST_F(CliTest, InspectPrintsKeysShapesAndFiles) {
   EXPECT_TRUE(line("model\\.weight +float32 +\\[6, 4\\] +2 +96\n")) << run.out;
   EXPECT_TRUE(line("model\\.bias +float32 +\\[5\\] +1 +20\n")) << run.out;
   EXPECT_TRUE(line("step +value")) << run.out;
-  EXPECT_TRUE(line("__1_0\\.distcp +1 +[0-9]+\n")) << run.out;
+  EXPECT_TRUE(line("__1_0\\.distcp +2 +[0-9]+\n")) << run.out;
   EXPECT_EQ(run.err, "");
   EXPECT_THAT(reshard_command({"inspect", "--chunks", path()}).out, HasSubstr("[3, 0]+[3, 4]"));
 }
@@ -112,7 +112,7 @@ TEST_F(CliTest, InspectSaysWhichFilesAreMissing) {
   std::filesystem::remove(directory_ / "__1_0.distcp");
   const CommandResult run = reshard_command({"inspect", path()});
   EXPECT_EQ(run.exit_code, 0);
-  EXPECT_TRUE(std::regex_search(run.out, std::regex("__1_0\\.distcp +1 +missing\n"))) << run.out;
+  EXPECT_TRUE(std::regex_search(run.out, std::regex("__1_0\\.distcp +2 +missing\n"))) << run.out;
   const auto json = nlohmann::json::parse(reshard_command({"inspect", path(), "--json"}).out);
   EXPECT_TRUE(json.at("files").at("__1_0.distcp").at("size").is_null());
 }
