@@ -21,6 +21,6 @@ int main() {
   metadata.state_dict_metadata["weight"] = weight;
   const reshard::Bytes file = reshard::encode_metadata(metadata);
   if (reshard::decode_metadata(file).state_dict_metadata != metadata.state_dict_metadata) return 1;
-  std::printf("%s\n", to_hex(reshard::Sha256::of(file)).c_str());
+  std::printf("%s\n", reshard::to_hex(reshard::Sha256::of(file)).c_str());
   return 0;
 }
