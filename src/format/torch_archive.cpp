@@ -401,9 +401,9 @@ Value make_tensor_value(pickle::Tree& tree, DType dtype, const Dims& sizes, size
 
 bool TensorItem::is_dense() const {
   if (conj || neg) return false;
+  if (volume(sizes) == 0) return true;
   int64_t expected = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
-    if (sizes[i] == 0) return true;
     if (sizes[i] != 1 && strides[i] != expected) return false;
     expected *= sizes[i];  // the number of elements was checked when the item was read
   }
