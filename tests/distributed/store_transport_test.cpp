@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/distributed/store_transport.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <condition_variable>
 #include <csignal>
 #include <mutex>
+#include <string>
 
 #include "reshard/testing/torch_distributed_test.h"
 #include "support/expect_error.h"
@@ -68,6 +72,10 @@ RESHARD_DISTRIBUTED_TEST(StoreTransportTest, ALostStoreIsReportedByTheSurvivors,
   const auto world = process_group();
   StoreTransport transport(*world, milliseconds(20000));
   world->barrier();
+  // Not while rank 1 is still in the barrier: opening a FIFO waits for its other end.
+  const std::string ready = temp_dir() / "ready";
+  mkfifo(ready.c_str(), 0600);  // whoever comes first
+  close(open(ready.c_str(), rank() == 0 ? O_RDONLY : O_WRONLY));
   if (rank() == 0) raise(SIGKILL);
   const auto start = Clock::now();
   EXPECT_ERROR(ErrorCode::kUnavailable, "the process that hosts it", transport.receive(0));

@@ -59,7 +59,8 @@ class ChildProcess {
       env[text.substr(0, text.find('='))] = text.substr(text.find('=') + 1);
     }
     for (const char* name : {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-                             "CUDA_VISIBLE_DEVICES", "GTEST_FILTER", "GTEST_OUTPUT", "RESHARD_TEST_GPU_COUNT"}) {
+                             "CUDA_VISIBLE_DEVICES", "GTEST_FILTER", "GTEST_OUTPUT", "RESHARD_TEST_GPU_COUNT",
+                             "RESHARD_TEST_DEADLINE_SCALE", "RESHARD_RESOURCE_FILE"}) {
       env.erase(name);
     }
     for (const auto& [name, value] : environment) env[name] = value;
