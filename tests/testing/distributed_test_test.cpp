@@ -213,8 +213,10 @@ TEST_F(DistributedTestTest, EachVariantHasItsBackend) {
 
 TEST_F(DistributedTestTest, RunsUnderAnotherLauncher) {
   // As with torchrun: RANK is set from outside, GoogleTest speaks for itself in every rank.
-  const auto run_launched = [](const std::string& filter, int ranks) {
+  const TestFolder temp;  // for their shared folders, which stay
+  const auto run_launched = [&](const std::string& filter, int ranks) {
     LaunchOptions options = {.argv = {RESHARD_HARNESS_CASES, "--gtest_filter=" + filter}, .ranks = ranks};
+    options.environment["TMPDIR"] = temp.path().string();
     options.deadline = kChildDeadline;
     options.on_line = [](const OutputLine&) {};
     return launch(options);
