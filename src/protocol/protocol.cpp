@@ -17,7 +17,7 @@
 namespace reshard {
 namespace {
 
-// Message: mark, operation, step, ok; then what the step sends. A message that is not ok holds the failure instead:
+// Message: Header, then what the step sends. A message that is not ok holds the failure instead:
 // one rank's to the coordinator, all ranks' from it.
 constexpr uint8_t kMessageMark = 0x5A;
 enum class Operation : uint8_t { kSave = 1, kLoad = 2 };
@@ -68,6 +68,29 @@ RankFailure get_failure(ByteReader& in) {
   failure.message = in.string();
   return failure;
 }
+
+struct Header {
+  Operation operation;
+  Step step;
+  bool ok;
+
+  void write(ByteWriter& out) const {
+    out.u8(kMessageMark);
+    out.u8(static_cast<uint8_t>(operation));
+    out.u8(static_cast<uint8_t>(step));
+    out.u8(ok);
+  }
+  static Header read(ByteReader& in) {
+    const uint8_t mark = in.u8();
+    const uint8_t operation = in.u8();
+    const uint8_t step = in.u8();
+    const uint8_t ok = in.u8();
+    if (mark != kMessageMark || operation < 1 || operation > 2 || step < 1 || step > 3 || ok > 1) {
+      throw Error(ErrorCode::kCorruptData, "a message of another rank is damaged");
+    }
+    return {static_cast<Operation>(operation), static_cast<Step>(step), ok == 1};
+  }
+};
 
 /// One operation over a transport, seen from this rank. Each step is one round trip of every rank to the coordinator.
 class Star {
@@ -122,10 +145,7 @@ class Star {
   Bytes message(Step step, ByteSpan payload, bool ok = true) const {
     ByteWriter out;
     out.buffer().reserve(payload.size() + 4);
-    out.u8(kMessageMark);
-    out.u8(static_cast<uint8_t>(operation_));
-    out.u8(static_cast<uint8_t>(step));
-    out.u8(ok);
+    Header{operation_, step, ok}.write(out);
     out.bytes(payload);
     return out.take();
   }
@@ -141,11 +161,9 @@ class Star {
       transport_.send(0, part.message);
       const Bytes answer = transport_.receive(0);
       ByteReader in(answer, "message of the coordinator");
-      if (in.u8() != kMessageMark) throw Error(ErrorCode::kCorruptData, "message of the coordinator has no mark");
-      const uint8_t operation = in.u8();
-      const uint8_t answered = in.u8();
-      if (in.u8() == 0) throw_failures(in);
-      if (operation != static_cast<uint8_t>(operation_) || answered != static_cast<uint8_t>(step)) {
+      const Header header = Header::read(in);
+      if (!header.ok) throw_failures(in);
+      if (header.operation != operation_ || header.step != step) {
         throw Error(ErrorCode::kFailedPrecondition, "the coordinator is at another step than this rank");
       }
       const ByteSpan payload = in.bytes(in.remaining());
@@ -228,18 +246,13 @@ class Star {
     if (arrival.error) std::rethrow_exception(arrival.error);
     const std::string from = "rank " + std::to_string(arrival.from);
     ByteReader in(arrival.message, "message");
-    if (in.u8() != kMessageMark) throw Error(ErrorCode::kCorruptData, "message of " + from + " has no mark");
-    const uint8_t operation = in.u8();
-    const uint8_t sent_step = in.u8();
-    const bool ok = in.u8() != 0;
-    if (operation != static_cast<uint8_t>(operation_)) {
-      throw Error(ErrorCode::kFailedPrecondition, from + " called " + name_of(static_cast<Operation>(operation)) +
-                                                      " while rank 0 called " + name_of(operation_));
+    const Header header = Header::read(in);
+    if (header.operation != operation_) {
+      throw Error(ErrorCode::kFailedPrecondition,
+                  from + " called " + name_of(header.operation) + " while rank 0 called " + name_of(operation_));
     }
-    if (sent_step != static_cast<uint8_t>(step)) {
-      throw Error(ErrorCode::kFailedPrecondition, from + " is at another step than rank 0");
-    }
-    if (!ok) return get_failure(in);
+    if (header.step != step) throw Error(ErrorCode::kFailedPrecondition, from + " is at another step than rank 0");
+    if (!header.ok) return get_failure(in);
     if (coordination.take) coordination.take(arrival.from, in.bytes(in.remaining()));
     return std::nullopt;
   }
