@@ -66,7 +66,7 @@ class Reader {
   const Entry& get(std::string_view name) const;
   /// Position of the content; checks the local header.
   uint64_t payload(const Entry& entry);
-  /// The content, if it is no longer than `max_size`.
+  /// The content, if it is no longer than `max_size` and matches its CRC-32 (0: none was written).
   Bytes content(const Entry& entry, uint64_t max_size);
   /// Throws kCorruptData if the record should have a data descriptor that says what the directory says, and has not.
   /// `payload` = payload(entry).

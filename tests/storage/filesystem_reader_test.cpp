@@ -208,6 +208,36 @@ TEST_F(FileSystemReaderTest, NormalizesBoolsThatAFileMadeUp) {
   }
 }
 
+// A changed byte is refused or carries no meaning for loading; elements that were read whole are never wrong.
+TEST_F(FileSystemReaderTest, NoChangedByteMakesWrongElements) {
+  MemorySaveState saved({replica_entry("a", {3, 5}), replica_entry("b", {2}, DType::kInt64)});
+  saved.add_value("v", value_archive("text"));
+  std::vector<MemorySaveState> ranks;
+  ranks.push_back(std::move(saved));
+  save(ranks);
+  size_t refused = 0;
+  for (const std::string& name : {path("__0_0.distcp"), path(".metadata")}) {
+    const Bytes good = read_test_file(name);
+    for (size_t i = 0; i < good.size(); ++i) {
+      const auto put = [&](std::byte byte) {
+        std::fstream file(name, std::ios::binary | std::ios::in | std::ios::out);
+        file.seekp(static_cast<std::streamoff>(i));
+        file.put(static_cast<char>(byte));
+      };
+      put(good[i] ^ static_cast<std::byte>(1u << (i % 8)));
+      MemoryLoadState state({replica_entry("a", {3, 5}), replica_entry("b", {2}, DType::kInt64), bytes_entry("v", 0)});
+      try {
+        read_alone(directory_.path(), state);
+        ASSERT_EQ(state.first_difference(), "") << name << ": byte " << i;
+      } catch (const Error&) {
+        ++refused;
+      }
+      put(good[i]);
+    }
+  }
+  EXPECT_GT(refused, 1000u);
+}
+
 // --- what is read ------------------------------------------------------------------------------------------------------
 
 TEST_F(FileSystemReaderTest, ReadsWhatIsNeededAndNoMore) {
