@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/format/dcp_metadata.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <functional>
+
+#include "reshard/format/pickle.h"
+#include "support/expect_error.h"
+
+namespace reshard {
+namespace {
+
+using pickle::Entry;
+using pickle::Tree;
+using pickle::Value;
+
+constexpr auto kCorrupt = ErrorCode::kCorruptData;
+constexpr auto kUnsupported = ErrorCode::kUnsupported;
+
+Metadata example() {
+  Metadata m;
+  TensorStorageMetadata weight{
+      {DType::kFloat32, true, false, 0, "torch.strided"}, {8, 8}, {{{0, 0}, {4, 8}}, {{4, 0}, {4, 8}}}};
+  TensorStorageMetadata scalar{{DType::kBFloat16, false, true, 2, ""}, {}, {{{}, {}}}};
+  TensorStorageMetadata deep{
+      {DType::kComplex32, false, false, 1, "torch.strided"}, {1, 2, 3, 4, 5}, {{{0, 0, 0, 0, 0}, {1, 2, 3, 4, 5}}}};
+  m.state_dict_metadata.insert("model.weight", weight);
+  m.state_dict_metadata.insert("scalar", scalar);
+  m.state_dict_metadata.insert("deep", deep);
+  m.state_dict_metadata.insert("step", BytesStorageMetadata{});
+  m.planner_data.emplace();
+  m.planner_data->insert("model.weight", {std::string("model"), std::string("weight")});
+  m.planner_data->insert("step", {std::string("step"), int64_t{3}});
+  m.storage_data.insert({"step", {}, {}}, {"__0_0.distcp", 0, 1261, {}});
+  m.storage_data.insert({"model.weight", Dims{4, 0}, 1}, {"__1_0.distcp", uint64_t{1} << 40, 1705, {}});
+  m.storage_data.insert({"model.weight", Dims{0, 0}, 0}, {"__0_0.distcp", 1261, 70000, {"stream.zstd/1"}});
+  m.storage_data.insert({"scalar", Dims{}, {}}, {"__0_0.distcp", 100000, 1577, {}});
+  m.storage_data.insert({"deep", Dims{0, 0, 0, 0, 0}, 7},
+                        {"__0_0.distcp", 200000, 2000, {}});  // a wrong hint is only a hint
+  m.storage_meta = StorageMeta{"/ckpt/a", "17393829-ce51-471d-b4d3-3223f2ae1c3a", std::nullopt, {"m"}};
+  m.version = kMetadataVersion;
+  m.sidecars = 2;
+  return m;
+}
+
+TEST(EncodeMetadataTest, EverythingSurvivesARoundTrip) {
+  const Metadata metadata = example();
+  const Bytes bytes = encode_metadata(metadata);
+  const Metadata back = decode_metadata(bytes);
+  EXPECT_EQ(back, metadata);
+  auto it = back.storage_data.begin();
+  EXPECT_EQ(it->first.index, std::nullopt);  // hints take no part in comparison
+  EXPECT_EQ((++it)->first.index, 1);
+  EXPECT_EQ(encode_metadata(back), bytes);
+}
+
+TEST(EncodeMetadataTest, AnEmptyCatalogueSurvivesARoundTrip) {
+  const Metadata empty;
+  EXPECT_EQ(decode_metadata(encode_metadata(empty)), empty);
+}
+
+TEST(EncodeMetadataTest, NamesOnlyClassesThatEveryReleaseSince21Resolves) {
+  const Bytes bytes = encode_metadata(example());
+  const std::string_view text = as_text(bytes);
+  EXPECT_EQ(text.find("StorageMeta\x93"), std::string::npos);
+  EXPECT_NE(text.find("torch.distributed._shard.sharded_tensor.metadata"), std::string::npos);
+  EXPECT_EQ(text.find("_MEM_FORMAT_ENCODING"), std::string::npos);
+  // One frame over the whole stream.
+  EXPECT_EQ(text.substr(0, 3), "\x80\x04\x95");
+  uint64_t frame;
+  std::memcpy(&frame, bytes.data() + 3, 8);
+  EXPECT_EQ(frame, bytes.size() - 11);
+}
+
+TEST(EncodeMetadataTest, ManyChunksCostFewBytesEach) {
+  Metadata m;
+  TensorStorageMetadata tensor{{}, {4000, 1000}, {}};
+  for (int64_t i = 0; i < 1000; ++i) {
+    tensor.chunks.push_back({{4 * i, 0}, {4, 1000}});
+    m.storage_data.insert({"layers.0.attention.weight", Dims{4 * i, 0}, i},
+                          {"__" + std::to_string(i) + "_0.distcp", 0, 17000, {}});
+  }
+  m.state_dict_metadata.insert("layers.0.attention.weight", tensor);
+  const Bytes bytes = encode_metadata(m);
+  EXPECT_LT(bytes.size(), 130u * 1000u);
+  EXPECT_EQ(decode_metadata(bytes), m);
+}
+
+TEST(EncodeMetadataTest, NumbersThatPythonWouldReadAsNegativeAreRefused) {
+  Metadata m = example();
+  m.storage_data.find({"step", {}, {}})->offset = uint64_t{1} << 63;
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "overflows", encode_metadata(m));
+}
+
+// A catalogue of one tensor "w" (float32, [4], two chunks) and one value "v", every part of which can be replaced before it is written.
+class CatalogueBuilder {
+ public:
+  static constexpr const char* kModule = "torch.distributed.checkpoint.metadata";
+  static constexpr const char* kOldModule = "torch.distributed._shard.sharded_tensor.metadata";
+  static constexpr const char* kFileModule = "torch.distributed.checkpoint.filesystem";
+
+  Tree tree;
+  std::string properties_module = kModule, memory_format_name = "_MEM_FORMAT_ENCODING";
+  Value dtype = tree.global("torch", "float32");
+  Value layout = call("torch.serialization", "_get_layout", {tree.str("torch.strided")});
+  Value memory_format_number = Tree::integer(0);
+  std::vector<Value> more_properties;
+  Value size = dims({4});
+  std::vector<Entry> first_chunk = {{tree.str("offsets"), dims({0})}, {tree.str("sizes"), dims({2})}};
+  std::vector<Entry> first_index = {
+      {tree.str("fqn"), tree.str("w")}, {tree.str("index"), Tree::integer(0)}, {tree.str("offset"), dims({0})}};
+  std::vector<Entry> first_info = {{tree.str("relative_path"), tree.str("__0_0.distcp")},
+                                   {tree.str("offset"), Tree::integer(0)},
+                                   {tree.str("length"), Tree::integer(1577)}};
+  std::vector<Entry> more_entries;  // of state_dict_metadata
+  std::vector<Entry> more_storage;
+  std::vector<Entry> more_attributes;
+  Value planner_data = tree.dict({{tree.str("w"), tree.tuple({tree.str("w")})}});
+  Value v_class;  // None: BytesStorageMetadata
+
+  Value call(const std::string& module, const std::string& name, std::vector<Value> args,
+             pickle::Object::Made made = pickle::Object::Made::kReduce) {
+    pickle::Object object;
+    object.made = made;
+    object.callable = tree.global(module, name);
+    object.args = tree.tuple(args);
+    return tree.object(object);
+  }
+  Value make(const std::string& module, const std::string& name, const Value& state) {
+    pickle::Object object;
+    object.made = pickle::Object::Made::kNewObj;
+    object.callable = tree.global(module, name);
+    object.args = tree.tuple({});
+    object.has_state = !state.is_none();
+    object.state = state;
+    return tree.object(object);
+  }
+  Value dims(std::vector<int64_t> values) {
+    std::vector<Value> items;
+    for (const int64_t v : values) items.push_back(Tree::integer(v));
+    return call("torch", "Size", {tree.tuple(items)});
+  }
+  Value index(const std::string& fqn, std::optional<std::vector<int64_t>> offset) {
+    std::vector<Entry> state = {{tree.str("fqn"), tree.str(fqn)}};
+    if (offset) state.push_back({tree.str("offset"), dims(*offset)});
+    return make(kModule, "MetadataIndex", tree.dict(state));
+  }
+  Value info(const std::string& path, int64_t offset) {
+    return make(kFileModule, "_StorageInfo",
+                tree.dict({{tree.str("relative_path"), tree.str(path)},
+                           {tree.str("offset"), Tree::integer(offset)},
+                           {tree.str("length"), Tree::integer(1577)}}));
+  }
+  Value tensor() {
+    std::vector<Value> properties = {dtype, layout, Tree::boolean(false),
+                                     call(properties_module, memory_format_name, {memory_format_number}),
+                                     Tree::boolean(false)};
+    properties.insert(properties.end(), more_properties.begin(), more_properties.end());
+    const Value second = make(kModule, "ChunkStorageMetadata",
+                              tree.dict({{tree.str("offsets"), dims({2})}, {tree.str("sizes"), dims({2})}}));
+    return make(
+        kModule, "TensorStorageMetadata",
+        tree.dict({{tree.str("properties"), make(properties_module, "TensorProperties", tree.tuple(properties))},
+                   {tree.str("size"), size},
+                   {tree.str("chunks"),
+                    tree.list({make(kModule, "ChunkStorageMetadata", tree.dict(first_chunk)), second})}}));
+  }
+  Value metadata() {
+    std::vector<Entry> entries = {
+        {tree.str("w"), tensor()},
+        {tree.str("v"), v_class.is_none() ? make(kModule, "BytesStorageMetadata", {}) : v_class}};
+    entries.insert(entries.end(), more_entries.begin(), more_entries.end());
+    std::vector<Entry> storage = {{make(kModule, "MetadataIndex", tree.dict(first_index)),
+                                   make(kFileModule, "_StorageInfo", tree.dict(first_info))},
+                                  {index("w", {{2}}), info("__1_0.distcp", 0)},
+                                  {index("v", {}), info("__0_0.distcp", 1577)}};
+    storage.insert(storage.end(), more_storage.begin(), more_storage.end());
+    std::vector<Entry> state = {{tree.str("state_dict_metadata"), tree.dict(entries)},
+                                {tree.str("planner_data"), planner_data},
+                                {tree.str("storage_data"), tree.dict(storage)}};
+    state.insert(state.end(), more_attributes.begin(), more_attributes.end());
+    return make(kModule, "Metadata", tree.dict(state));
+  }
+  Metadata decode() { return decode_metadata(pickle::write(metadata())); }
+};
+
+void replace(std::vector<Entry>& state, std::string_view name, const Value& value) {
+  for (Entry& entry : state) {
+    if (entry.key.as_str() == name) entry.value = value;
+  }
+}
+void drop(std::vector<Entry>& state, std::string_view name) {
+  std::erase_if(state, [&](const Entry& entry) { return entry.key.as_str() == name; });
+}
+
+TEST(DecodeMetadataTest, WithoutOptionalPartsAsBefore24) {
+  CatalogueBuilder b;
+  const Metadata m = b.decode();
+  EXPECT_FALSE(m.version);
+  EXPECT_FALSE(m.storage_meta);
+  EXPECT_FALSE(m.sidecars);
+  EXPECT_EQ(std::get<TensorStorageMetadata>(*m.state_dict_metadata.find("w")).chunks.size(), 2u);
+  EXPECT_TRUE(std::holds_alternative<BytesStorageMetadata>(*m.state_dict_metadata.find("v")));
+}
+
+TEST(DecodeMetadataTest, ClassNamesOf21AndTheStridesOf215) {
+  CatalogueBuilder expected;
+  CatalogueBuilder b;
+  b.properties_module = CatalogueBuilder::kOldModule;
+  b.memory_format_name = "MEM_FORMAT_ENCODING";
+  EXPECT_EQ(b.decode(), expected.decode());
+  for (const Value& strides : {Value{}, b.tree.tuple({Tree::integer(1)})}) {
+    b.more_properties = {strides};
+    EXPECT_EQ(b.decode(), expected.decode());
+  }
+}
+
+TEST(DecodeMetadataTest, SizesMayBePlainTuplesAndHintsMayBeMissing) {
+  CatalogueBuilder expected;
+  CatalogueBuilder b;
+  b.size = b.tree.tuple({Tree::integer(4)});
+  drop(b.first_index, "index");
+  EXPECT_EQ(b.decode(), expected.decode());
+  replace(b.first_chunk, "sizes", b.tree.tuple({Tree::integer(2)}));
+  EXPECT_EQ(b.decode(), expected.decode());
+}
+
+TEST(DecodeMetadataTest, UnknownAttributesAndForeignPlannersArePassedOver) {
+  CatalogueBuilder b;
+  b.more_attributes = {{b.tree.str("surprise"), b.call("os", "system", {b.tree.str("true")})}};
+  b.first_chunk.push_back({b.tree.str("extra"), Tree::integer(1)});
+  b.first_info.push_back({b.tree.str("transform_descriptors"), Tree::none()});
+  EXPECT_TRUE(b.decode().planner_data);
+  for (const Value& foreign :
+       {Tree::none(), Tree::integer(5), b.call("their.planner", "Data", {}),
+        b.tree.dict({{b.tree.str("w"), b.tree.str("w")}}), b.tree.dict({{Tree::integer(1), b.tree.tuple({})}}),
+        b.tree.dict({{b.tree.str("w"), b.tree.tuple({Tree::real(1)})}})}) {
+    b.planner_data = foreign;
+    EXPECT_FALSE(b.decode().planner_data);
+  }
+}
+
+TEST(DecodeMetadataTest, EverySpellingOfTheCheckpointPath) {
+  const auto path = [](const std::function<Value(CatalogueBuilder&)>& id) {
+    CatalogueBuilder b;
+    b.more_attributes = {{b.tree.str("storage_meta"), b.make(CatalogueBuilder::kModule, "StorageMeta",
+                                                             b.tree.dict({{b.tree.str("checkpoint_id"), id(b)},
+                                                                          {b.tree.str("save_id"), b.tree.str("s")},
+                                                                          {b.tree.str("load_id"), Tree::none()}}))}};
+    const Metadata m = b.decode();
+    EXPECT_EQ(m.storage_meta->save_id, "s");
+    EXPECT_FALSE(m.storage_meta->load_id);
+    return m.storage_meta->checkpoint_id;
+  };
+  EXPECT_EQ(path([](auto& b) { return b.tree.str("plain/text"); }), "plain/text");
+  EXPECT_EQ(path([](auto& b) {
+              return b.call("pathlib", "PosixPath", {b.tree.str("/"), b.tree.str("data"), b.tree.str("ck")});
+            }),
+            "/data/ck");
+  EXPECT_EQ(path([](auto& b) {
+              return b.call("pathlib", "PosixPath", {b.tree.str("ck"), b.tree.str("s1")});
+            }),
+            "ck/s1");
+  EXPECT_EQ(path([](auto& b) { return b.call("pathlib", "PosixPath", {}); }), ".");
+  EXPECT_EQ(path([](auto& b) { return b.call("pathlib._local", "PosixPath", {b.tree.str("/data/ck")}); }), "/data/ck");
+  EXPECT_EQ(path([](auto& b) {
+              return b.call("pathlib", "WindowsPath", {b.tree.str("C:"), b.tree.str("ck")});
+            }),
+            "C:/ck");
+  EXPECT_EQ(path([](auto& b) { return b.call("their", "Path", {b.tree.str("x")}); }), std::nullopt);
+  EXPECT_EQ(path([](auto&) { return Tree::none(); }), std::nullopt);
+}
+
+TEST(DecodeMetadataTest, LayoutsAndFormatsAreKept) {
+  CatalogueBuilder b;
+  b.layout = b.call("torch.serialization", "_get_layout", {b.tree.str("torch.sparse_coo")});
+  b.memory_format_number = Tree::integer(1);
+  b.dtype = b.tree.global("torch", "float8_e4m3fn");
+  const Metadata m = b.decode();
+  const auto& properties = std::get<TensorStorageMetadata>(*m.state_dict_metadata.find("w")).properties;
+  EXPECT_EQ(properties.layout, "torch.sparse_coo");
+  EXPECT_EQ(properties.memory_format, 1);
+  EXPECT_EQ(properties.dtype, DType::kFloat8E4M3FN);
+}
+
+TEST(DecodeMetadataTest, BrokenPartsAreNamed) {
+  const auto refuse = [](ErrorCode code, const char* text, const std::function<void(CatalogueBuilder&)>& edit) {
+    CatalogueBuilder b;
+    edit(b);
+    EXPECT_ERROR(code, text, b.decode());
+  };
+  refuse(kUnsupported, "entry of an unknown class; key v; found their.Class",
+         [](auto& b) { b.v_class = b.make("their", "Class", {}); });
+  refuse(kUnsupported, "found int", [](auto& b) { b.v_class = Tree::integer(1); });
+  refuse(kUnsupported, "unknown dtype; key w; found torch.float3",
+         [](auto& b) { b.dtype = b.tree.global("torch", "float3"); });
+  refuse(kUnsupported, "unknown dtype", [](auto& b) { b.dtype = b.tree.global("numpy", "float32"); });
+  refuse(kCorrupt, "5 or 6 fields", [](auto& b) { b.more_properties = {Tree::none(), Tree::none()}; });
+  refuse(kCorrupt, "memory format", [](auto& b) { b.memory_format_number = Tree::integer(3); });
+  refuse(kCorrupt, "wanted int, found bool", [](auto& b) { b.memory_format_number = Tree::boolean(false); });
+  refuse(kCorrupt, "wanted _get_layout, found os.system",
+         [](auto& b) { b.layout = b.call("os", "system", {b.tree.str("torch.strided")}); });
+  refuse(kCorrupt, "wanted torch.Size, found list", [](auto& b) { b.size = b.tree.list({Tree::integer(4)}); });
+  refuse(kCorrupt, "wanted Size, found os.system",
+         [](auto& b) { b.size = b.call("os", "system", {b.tree.tuple({})}); });
+  refuse(kCorrupt, "wanted int, found bool", [](auto& b) { b.size = b.tree.tuple({Tree::boolean(true)}); });
+  refuse(kCorrupt, "too many dimensions", [](auto& b) { b.size = b.dims(std::vector<int64_t>(65, 1)); });
+  refuse(kCorrupt, "negative size", [](auto& b) { b.size = b.dims({-4}); });
+  refuse(kCorrupt, "overflows", [](auto& b) { b.size = b.dims({int64_t{1} << 62}); });
+  refuse(kCorrupt, "outside its tensor; key w", [](auto& b) { replace(b.first_chunk, "offsets", b.dims({3})); });
+  refuse(kCorrupt, "outside its tensor", [](auto& b) { replace(b.first_chunk, "offsets", b.dims({0, 0})); });
+  refuse(kCorrupt, "outside its tensor", [](auto& b) { replace(b.first_chunk, "sizes", b.dims({INT64_MAX})); });
+  refuse(kCorrupt, "attribute sizes is not there; key w", [](auto& b) { drop(b.first_chunk, "sizes"); });
+  refuse(kCorrupt, "attribute fqn is not there", [](auto& b) { drop(b.first_index, "fqn"); });
+  refuse(kCorrupt, "wanted str, found int", [](auto& b) { replace(b.first_index, "fqn", Tree::integer(1)); });
+  refuse(kCorrupt, "nothing is stored for w [0]", [](auto& b) {
+    replace(b.first_index, "fqn", b.tree.str("v")), replace(b.first_index, "offset", b.dims({5}));
+  });
+  refuse(kCorrupt, "attribute relative_path is not there; key w",
+         [](auto& b) { drop(b.first_info, "relative_path"); });
+  refuse(kCorrupt, "negative offset or length; key w",
+         [](auto& b) { replace(b.first_info, "offset", Tree::integer(-1)); });
+  refuse(kCorrupt, "negative offset or length",
+         [](auto& b) { replace(b.first_info, "length", Tree::integer(INT64_MIN)); });
+  refuse(kCorrupt, "overflows", [](auto& b) { replace(b.first_info, "offset", Tree::integer(INT64_MAX)); });
+  refuse(kCorrupt, "too many transforms", [](auto& b) {
+    b.first_info.push_back({b.tree.str("transform_descriptors"), b.tree.list(std::vector<Value>(17, b.tree.str("x")))});
+  });
+  refuse(kCorrupt, "key is there twice; key w", [](auto& b) { b.more_entries = {{b.tree.str("w"), b.tensor()}}; });
+  refuse(kCorrupt, "item is there twice; key w", [](auto& b) {
+    b.more_storage = {{b.index("w", {{2}}), b.info("other", 0)}};
+  });
+  refuse(kCorrupt, "not in the catalogue", [](auto& b) {
+    b.more_storage = {{b.index("ghost", {{2}}), b.info("other", 0)}};
+  });
+  refuse(kCorrupt, "negative number of sidecars", [](auto& b) {
+    b.more_attributes = {{b.tree.str("reshard_sidecars"), Tree::integer(-1)}};
+  });
+  for (const char* path : {"", "/etc/passwd", "../up", "a/../../b", "a//b", "a\\b"}) {
+    refuse(kCorrupt, "path of a data file", [&](auto& b) { replace(b.first_info, "relative_path", b.tree.str(path)); });
+  }
+  refuse(kCorrupt, "NUL", [&](auto& b) { replace(b.first_info, "relative_path", b.tree.str({"a\0b", 3})); });
+}
+
+TEST(DecodeMetadataTest, OtherPicklesAreNoCatalogue) {
+  Tree tree;
+  EXPECT_ERROR(kCorrupt, "wanted Metadata, found dict", decode_metadata(pickle::write(tree.dict({}))));
+  EXPECT_ERROR(kCorrupt, "wanted Metadata, found None", decode_metadata(pickle::write(Tree::none())));
+  EXPECT_ERROR(kCorrupt, "ends too early", decode_metadata({}));
+  CatalogueBuilder b;
+  EXPECT_ERROR(kCorrupt, "attribute state_dict_metadata is not there",
+               decode_metadata(pickle::write(b.make(CatalogueBuilder::kModule, "Metadata", {}))));
+  EXPECT_ERROR(
+      kCorrupt, "no storage_data",
+      decode_metadata(pickle::write(b.make(CatalogueBuilder::kModule, "Metadata",
+                                           b.tree.dict({{b.tree.str("state_dict_metadata"), b.tree.dict({})}})))));
+}
+
+TEST(DecodeMetadataTest, CyclesEndTheReading) {
+  // chunks that hold their own tensor; a size that is its own argument
+  CatalogueBuilder b;
+  const Bytes stream = [] {
+    std::string s = "\x80\x02";
+    const auto global = [&](const std::string& module, const std::string& name) {
+      s += "c" + module + "\n" + name + "\n";
+    };
+    const auto text = [&](std::string_view t) {
+      s += "X";
+      s += static_cast<char>(t.size());
+      s.append(3, '\0').append(t);
+    };
+    global(CatalogueBuilder::kModule, "Metadata");
+    s += ")\x81q";
+    s += '\0';
+    s += "}(";
+    text("state_dict_metadata");
+    s += "}(";
+    text("w");
+    s += "h";
+    s += '\0';
+    s += "u";
+    text("storage_data");
+    s += "}ub.";
+    const ByteSpan span = as_bytes(s);
+    return Bytes(span.begin(), span.end());
+  }();
+  EXPECT_ERROR(kUnsupported, "entry of an unknown class; key w; found torch.distributed.checkpoint.metadata.Metadata",
+               decode_metadata(stream));
+}
+
+}  // namespace
+}  // namespace reshard

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/format/sidecar.h"
+
+#include <gtest/gtest.h>
+
+#include "support/expect_error.h"
+
+namespace reshard {
+namespace {
+
+constexpr auto kCorrupt = ErrorCode::kCorruptData;
+
+Sidecar example() {
+  Sidecar sidecar;
+  sidecar.save_id = "17393829-ce51-471d-b4d3-3223f2ae1c3a";
+  sidecar.rank = 3;
+  sidecar.world_size = 4;
+  sidecar.files = {{"__3_0.distcp", 1 << 20}, {"sub/__3_1.distcp", uint64_t{1} << 40}};
+  sidecar.items = {{0, 0, 1705, 704, 0xDEADBEEF}, {1, uint64_t{1} << 39, 1577, 704, 0}, {0, 1705, 1261, 0, 1}};
+  return sidecar;
+}
+// The body with a digest that fits it: what a forger would write.
+Bytes sealed(Bytes body) {
+  const Sha256Digest digest = Sha256::of(body);
+  body.insert(body.end(), digest.begin(), digest.end());
+  return body;
+}
+ByteWriter begin_body(uint64_t rank = 0, uint64_t world_size = 1) {
+  ByteWriter out;
+  out.text("RESHARD\x01");
+  out.string("1.2.3");
+  out.string("id");
+  out.varint(rank);
+  out.varint(world_size);
+  return out;
+}
+
+TEST(SidecarTest, SurvivesARoundTrip) {
+  Sidecar sidecar = example();
+  const Bytes bytes = encode_sidecar(sidecar);
+  const Sidecar back = decode_sidecar(bytes);
+  EXPECT_FALSE(back.library_version.empty());
+  sidecar.library_version = back.library_version;
+  EXPECT_EQ(back, sidecar);
+  EXPECT_EQ(encode_sidecar(back), bytes);
+}
+
+TEST(SidecarTest, NoChangedByteAndNoTruncationPasses) {
+  const Bytes good = encode_sidecar(example());
+  for (size_t i = 0; i < good.size(); ++i) {
+    EXPECT_ERROR(kCorrupt, "sidecar", decode_sidecar(ByteSpan(good).first(i)));
+    for (const int change : {1, 0x80}) {
+      Bytes bad = good;
+      bad[i] ^= static_cast<std::byte>(change);
+      EXPECT_THROW(decode_sidecar(bad), Error) << i;
+    }
+  }
+  Bytes longer = good;
+  longer.push_back({});
+  EXPECT_ERROR(kCorrupt, "checksum differs", decode_sidecar(longer));
+}
+
+TEST(SidecarTest, AnotherLayoutIsNamed) {
+  Bytes bytes = encode_sidecar(example());
+  bytes[7] = std::byte{2};
+  EXPECT_ERROR(ErrorCode::kUnsupported, "wanted 1, found 2", decode_sidecar(bytes));
+}
+
+TEST(SidecarTest, ContentsAreCheckedBehindARightDigest) {
+  const auto refuse = [](const char* text, ByteWriter& body) {
+    EXPECT_ERROR(kCorrupt, text, decode_sidecar(sealed(body.take())));
+  };
+  ByteWriter out = begin_body(1, 1);
+  refuse("not below the world size", out);
+  out = begin_body(0, 0);
+  refuse("not below the world size", out);
+  out = begin_body();
+  out.varint(uint64_t{1} << 60);  // files
+  refuse("ends too early", out);
+  out = begin_body();
+  out.varint(0);
+  out.varint(uint64_t{1} << 60);  // items
+  refuse("ends too early", out);
+  out = begin_body();
+  out.varint(1);
+  out.string("../escape");
+  out.varint(5);
+  out.varint(0);
+  refuse("..", out);
+
+  const auto one_item = [](uint64_t file, uint64_t offset, uint64_t length, uint64_t payload) {
+    ByteWriter body = begin_body();
+    body.varint(1);
+    body.string("file");
+    body.varint(100);
+    body.varint(1);
+    for (const uint64_t v : {file, offset, length, payload}) body.varint(v);
+    body.u32(0);
+    return body;
+  };
+  out = one_item(0, 40, 60, 60);
+  EXPECT_EQ(decode_sidecar(sealed(out.take())).items.size(), 1u);
+  out = one_item(1, 0, 1, 0);
+  refuse("not listed", out);
+  out = one_item(0, 40, 61, 0);
+  refuse("leaves its file", out);
+  out = one_item(0, ~uint64_t{0}, 2, 0);
+  refuse("leaves its file", out);
+  out = one_item(0, 0, 50, 51);
+  refuse("payload leaves its item", out);
+  out = one_item(0, 0, 1, 0);
+  out.u8(0);
+  refuse("bytes left over", out);
+}
+
+TEST(SidecarTest, NamesAreRecognised) {
+  EXPECT_EQ(sidecar_name("abc-def", 12), ".reshard-abc-def-12");
+  EXPECT_TRUE(is_sidecar_name(sidecar_name("abc-def", 0)));
+  for (const char* other : {".metadata", "__0_0.distcp", ".reshard-", ".reshard--1", ".reshard-abc", ".reshard-abc-",
+                            ".reshard-abc-1x", "x.reshard-abc-1"}) {
+    EXPECT_FALSE(is_sidecar_name(other)) << other;
+  }
+}
+
+TEST(ReceiptsDigestTest, EveryFieldAndTheOrderCount) {
+  using List = std::vector<std::pair<MetadataIndex, StorageInfo>>;
+  const auto digest = [](const List& list) {
+    ReceiptsDigest receipts;
+    for (const auto& [index, info] : list) receipts.add(index, info);
+    return receipts.finish();
+  };
+  const List base = {{{"a", Dims{1, 2}, 0}, {"f", 10, 20, {}}}, {{"b", {}, {}}, {"f", 30, 40, {}}}};
+  const auto changed = [&](const std::function<void(List&)>& edit) {
+    List list = base;
+    edit(list);
+    return digest(list);
+  };
+  EXPECT_EQ(digest(base), digest(base));
+  EXPECT_EQ(changed([](List& l) { l[0].first.index = 5; }), digest(base));  // only a hint
+  const std::vector<std::function<void(List&)>> edits = {
+      [](List& l) { l[0].first.fqn = "c"; },       [](List& l) { l[0].first.offset = Dims{1, 3}; },
+      [](List& l) { l[1].first.offset = Dims{}; }, [](List& l) { l[0].second.relative_path = "g"; },
+      [](List& l) { l[0].second.offset = 11; },    [](List& l) { l[0].second.length = 21; },
+      [](List& l) { std::swap(l[0], l[1]); },      [](List& l) { l.pop_back(); }};
+  for (const auto& edit : edits) EXPECT_NE(changed(edit), digest(base));
+}
+
+}  // namespace
+}  // namespace reshard
