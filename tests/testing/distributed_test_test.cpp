@@ -163,8 +163,10 @@ TEST_F(DistributedTestTest, WhatRanksLeaveBehindIsEnded) {
 
 TEST_F(DistributedTestTest, NothingSurvivesAKilledParent) {
   for (int signal : {SIGKILL, SIGTERM, SIGINT}) {
+    const TestFolder temp;  // for the shared folder, which only a living parent removes
     AliveFifo alive;
-    ChildProcess child({RESHARD_HARNESS_CASES, "--gtest_filter=Resisting.*"}, {{"HARNESS_ALIVE_FIFO", alive.path()}});
+    ChildProcess child({RESHARD_HARNESS_CASES, "--gtest_filter=Resisting.*"},
+                       {{"HARNESS_ALIVE_FIFO", alive.path()}, {"TMPDIR", temp.path().string()}});
     alive.wait_for_lines(5);  // three ranks, a child with a session of its own, a stopped child
     child.kill(signal);
     EXPECT_EQ(child.wait().signal, signal);

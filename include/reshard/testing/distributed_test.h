@@ -106,7 +106,7 @@ class DistributedTest : public ::testing::Test {
   /// share a GPU.
   std::string backend() const;
   /// A folder that all ranks of this run of the case share, empty at first. The parent removes it afterwards; under
-  /// torchrun it stays (in TMPDIR).
+  /// torchrun, or when the parent is killed, it stays (in TMPDIR).
   const std::filesystem::path& temp_dir() const { return temp_dir_; }
 
  protected:
