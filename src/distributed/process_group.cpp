@@ -21,6 +21,8 @@
 namespace reshard {
 namespace {
 
+constexpr int kAllGatherTag = 0x5a6;  // of the messages that make up an all-gather
+
 std::string join(const std::vector<int>& values) {
   std::string text;
   for (int v : values) text += (text.empty() ? "" : ", ") + std::to_string(v);
@@ -194,8 +196,26 @@ void ProcessGroup::run(const char* what, at::Tensor& output, at::Tensor& input, 
 void ProcessGroup::all_gather_into(at::Tensor& output, at::Tensor& input) {
   TORCH_CHECK(output.numel() == input.numel() * size(), "all_gather_into: output holds ", output.numel(),
               " elements, wanted ", input.numel() * size());
-  run("all_gather", output, input,
-      [](c10d::Backend& b, at::Tensor& out, at::Tensor& in) { return b.all_gather_single(out, in); });
+  run("all_gather", output, input, [this](c10d::Backend& b, at::Tensor& out, at::Tensor& in) {
+    if (size() == 1 || in.numel() == 0 || b.getBackendName() != "gloo") return b.all_gather_single(out, in);
+    // Gloo's own all-gather collects into a second buffer as large as the output. Messages land in place.
+    std::vector<c10::intrusive_ptr<c10d::Work>> messages;
+    for (int peer = 0; peer < size(); ++peer) {
+      at::Tensor part = out.narrow(0, peer * in.numel(), in.numel());
+      std::vector<at::Tensor> tensors{part};
+      if (peer != rank_) {
+        messages.push_back(b.recv(tensors, peer, kAllGatherTag));
+      } else {
+        part.copy_(in);
+      }
+    }
+    for (int step = 1; step < size(); ++step) {
+      std::vector<at::Tensor> tensors{in};
+      messages.push_back(b.send(tensors, (rank_ + step) % size(), kAllGatherTag));
+    }
+    for (size_t i = 0; i + 1 < messages.size(); ++i) messages[i]->wait();
+    return messages.back();
+  });
 }
 
 void ProcessGroup::reduce_scatter_into(at::Tensor& output, at::Tensor& input, bool average) {

@@ -68,7 +68,7 @@ void refuse_parameter(const at::Tensor& handle, const std::string& name, const R
 
 struct FsdpEngine::ValueTarget final : TouchTarget {
   ValueTarget(FsdpEngine* e, FlatParameter* f) : engine(e), flat(f) {}
-  void pin(const std::string& op, const at::Tensor& tensor) override { engine->pin(*flat, op, tensor); }
+  void pin(const std::string& op, const at::Tensor& tensor, bool) override { engine->pin(*flat, op, tensor); }
   void unpin() noexcept override {
     std::lock_guard lock(engine->mutex_);
     --flat->pins;
@@ -79,12 +79,24 @@ struct FsdpEngine::ValueTarget final : TouchTarget {
 
 struct FsdpEngine::GradientTarget final : TouchTarget {
   GradientTarget(FsdpEngine* e, FlatParameter* f) : engine(e), flat(f) {}
-  void pin(const std::string& op, const at::Tensor& tensor) override {
+  void pin(const std::string& op, const at::Tensor& tensor, bool) override {
     throw Error(ErrorCode::kFailedPrecondition,
                 op + " used the gradient of a module's own parameter handle, but the gradient is in the sharded "
                      "model's slices: give "
                      "parameters() of the sharded model to the optimizer, and clip with its clip_grad_norm",
                 {.rank = engine->group().rank(), .key = engine->name_at(*flat, tensor)});
+  }
+  void unpin() noexcept override {}
+  FsdpEngine* engine;
+  FlatParameter* flat;
+};
+
+struct FsdpEngine::ShardTarget final : TouchTarget {
+  ShardTarget(FsdpEngine* e, FlatParameter* f) : engine(e), flat(f) {}
+  void pin(const std::string&, const at::Tensor& tensor, bool written) override {
+    if (!written) return;
+    std::lock_guard lock(engine->mutex_);
+    flat->note_write(tensor.storage_offset());
   }
   void unpin() noexcept override {}
   FsdpEngine* engine;
@@ -102,12 +114,14 @@ struct FsdpEngine::GradientHook final : torch::autograd::PostAccumulateGradHook 
 struct FsdpEngine::Watched {
   template <class... Args>
   explicit Watched(FsdpEngine* engine, Args&&... args)
-      : flat(std::forward<Args>(args)...), values(engine, &flat), gradients(engine, &flat) {
+      : flat(std::forward<Args>(args)...), values(engine, &flat), shard(engine, &flat), gradients(engine, &flat) {
     watch_storage(flat.storage(), &values);
+    watch_storage(flat.shard_storage(), &shard);
     watch_storage(flat.gradient_storage(), &gradients);
   }
   ~Watched() {
     forget_storage(flat.storage());
+    forget_storage(flat.shard_storage());
     forget_storage(flat.gradient_storage());
     for (size_t i = 0; i < hooks.size(); ++i) {
       at::Tensor& handle = flat.members()[i].handle;
@@ -118,6 +132,7 @@ struct FsdpEngine::Watched {
   }
   FlatParameter flat;
   ValueTarget values;
+  ShardTarget shard;
   GradientTarget gradients;
   std::vector<unsigned> hooks;
 };
@@ -342,6 +357,11 @@ void FsdpEngine::reshard() {
   for (const auto& watched : flats_) release(watched->flat);
 }
 
+void FsdpEngine::note_load() {
+  std::lock_guard lock(mutex_);
+  for (const auto& watched : flats_) watched->flat.note_writes();
+}
+
 void FsdpEngine::on_gradient(FlatParameter& flat, FlatParameter::Member& member) {
   std::lock_guard lock(mutex_);
   const ErrorContext context{.rank = group().rank(), .key = parameters_[member.index].names.front()};
@@ -356,12 +376,12 @@ void FsdpEngine::on_gradient(FlatParameter& flat, FlatParameter::Member& member)
   member.refusing = true;
   queue_end_of_backward();
   if (!flat.all_arrived()) return;
+  release(flat);  // before the reduction, which needs memory of its own
   if (no_sync_depth_ == 0) {
     flat.reduce_gradient();
   } else {
     flat.end_pass();
   }
-  release(flat);
 }
 
 void FsdpEngine::queue_end_of_backward() {
@@ -377,9 +397,9 @@ void FsdpEngine::end_of_backward() {
   std::lock_guard lock(mutex_);
   queued_task_ = -1;
   for (const auto& watched : flats_) {
+    release(watched->flat);
     if (watched->flat.has_gradient() && no_sync_depth_ == 0) watched->flat.reduce_gradient();
     watched->flat.end_pass();
-    release(watched->flat);
   }
 }
 
@@ -401,7 +421,7 @@ void FsdpEngine::check_before_forward() {
                     context);
       }
       if (!flat.gradient_is_as_left(member) || !at::GradMode::is_enabled() || no_sync_depth_ > 0) continue;
-      if (parameter.slice._version() == member.left_slice_version) {
+      if (member.writes == member.left_writes) {
         if (options_.accumulate_reduced_gradients) continue;
         throw Error(
             ErrorCode::kFailedPrecondition,

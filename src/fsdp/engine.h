@@ -55,9 +55,12 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
   double clip_grad_norm(double max_norm, double norm_type);
   /// Frees all units that are not in use.
   void reshard();
+  /// The shards were loaded, perhaps by means that left no trace.
+  void note_load();
 
  private:
   struct ValueTarget;
+  struct ShardTarget;
   struct GradientTarget;
   struct GradientHook;
   struct Watched;  // a flat parameter with what is registered for it

@@ -4,7 +4,6 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/TensorImpl.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstring>
@@ -23,7 +22,7 @@ int64_t chunk_numel(const Dims& shape, int64_t numel, int64_t ranks) {
   return shape[0] == 0 ? 0 : ceil_div(shape[0], ranks) * (numel / shape[0]);
 }
 
-/// A leaf-to-be over `storage` that carries the shard key. Built by hand, because view operators refuse a storage
+/// A tensor over `storage` that carries the shard key. Built by hand, because view operators refuse a storage
 /// without memory.
 c10::intrusive_ptr<c10::TensorImpl> keyed_tensor(const c10::Storage& storage, const at::Tensor& like, int64_t offset,
                                                  const Dims& shape) {
@@ -112,7 +111,9 @@ FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std:
       "the module's own handle of a sharded parameter has no gradient: it is in ShardedModule::parameters()");
   for (Member& member : members_) {
     ShardedParameter& p = parameter(member);
-    p.slice = alias_range(shard_, member.shard_offset, p.end - p.begin);
+    const int64_t n = p.end - p.begin;
+    const int64_t place = n > 0 ? member.shard_offset : shard_numel_ + (&member - members_.data());
+    p.slice = at::Tensor(keyed_tensor(shard_.storage(), shard_, place, Dims{n}));
     p.slice.set_requires_grad(requires_grad_);
     point_handle(member);
     member.refused_grad = at::Tensor(keyed_tensor(refused_.storage(), full_, member.full_offset, p.shape));
@@ -134,13 +135,24 @@ bool FlatParameter::owns(const Member& member) const {
   return member.handle.has_storage() && member.handle.storage().unsafeGetStorageImpl() == storage();
 }
 
-int64_t FlatParameter::version() const {
-  int64_t sum = 0;
-  for (const Member& member : members_) sum += parameter(member).slice._version();
-  return sum;
+void FlatParameter::note_write(int64_t offset) {
+  ++writes_;
+  // Slices without elements have places of their own behind the shard.
+  if (offset >= shard_numel_) {
+    ++members_[static_cast<size_t>(offset - shard_numel_)].writes;
+    return;
+  }
+  Member* written = nullptr;
+  for (Member& member : members_) {
+    if (member.shard_offset <= offset && parameter(member).slice.numel() > 0) written = &member;
+  }
+  if (written != nullptr) ++written->writes;
 }
 
-bool FlatParameter::is_stale() const { return unsharded_ && gathered_version_ != version(); }
+void FlatParameter::note_writes() {
+  ++writes_;
+  for (Member& member : members_) ++member.writes;
+}
 
 void FlatParameter::allocate_whole() {
   c10::StorageImpl* storage = full_.storage().unsafeGetStorageImpl();
@@ -179,7 +191,6 @@ void FlatParameter::copy_chunks(const at::Tensor& chunks, const at::Tensor& whol
 
 void FlatParameter::unshard() {
   const at::NoGradGuard no_grad;
-  const int64_t from_version = version();
   allocate_whole();
   try {
     if (full_.numel() == 0) {
@@ -206,7 +217,7 @@ void FlatParameter::unshard() {
     throw;
   }
   ++stats_.gathers;
-  gathered_version_ = from_version;
+  gathered_writes_ = writes_;
   for (Member& member : members_) member.handle_version = member.handle._version();
 }
 
@@ -229,8 +240,8 @@ void FlatParameter::write_back() {
     const ShardedParameter& p = parameter(member);
     const int64_t n = p.end - p.begin;
     shard_.narrow(0, member.shard_offset, n).copy_(full_.narrow(0, member.full_offset + p.begin, n));
-    if (p.slice.defined()) torch::autograd::impl::bump_version(p.slice);
   }
+  note_writes();
 }
 
 void FlatParameter::add_gradient(Member& member, const at::Tensor& gradient) {
@@ -280,7 +291,7 @@ void FlatParameter::reduce_gradient() {
     const at::Tensor& slice = parameter(member).slice;
     member.left_grad = slice.grad().defined() ? slice.grad().unsafeGetTensorImpl() : nullptr;
     member.left_grad_version = slice.grad().defined() ? slice.grad()._version() : 0;
-    member.left_slice_version = slice._version();
+    member.left_writes = member.writes;
   }
 }
 

@@ -34,10 +34,11 @@ class FlatParameter {
     int64_t handle_version = 0;  // when last gathered: a change means a write that will be lost
     at::Tensor refused_grad;     // stands for handle.grad() after a backward pass; using it is an error
     bool refusing = false;       // handle.grad() was set to refused_grad
-    const void* left_grad =
-        nullptr;  // which tensor the last reduction left in slice.grad(), with its version and the slice's
+    int64_t writes = 0;          // to its part of the shard
+    // Which tensor the last reduction left in slice.grad(), with its version, and the writes until then.
+    const void* left_grad = nullptr;
     int64_t left_grad_version = 0;
-    int64_t left_slice_version = 0;
+    int64_t left_writes = 0;
   };
 
   /// `values(handles)` gives the dense values of the handles, on any device. Builds the shard, points the handles into
@@ -57,7 +58,11 @@ class FlatParameter {
 
   bool is_unsharded() const { return unsharded_; }
   /// True if the shard was written since the whole was gathered from it.
-  bool is_stale() const;
+  bool is_stale() const { return unsharded_ && gathered_writes_ != writes_; }
+  /// Someone wrote to the slice, or view of a slice, that begins at this element of the shard.
+  void note_write(int64_t offset);
+  /// Someone wrote to the shard without an operator that would have shown it.
+  void note_writes();
   /// Gathers (a collective). `is_unsharded()` must be false.
   void unshard();
   /// Frees the whole. Warns once for each parameter that was written to, unless `writes_kept`.
@@ -77,21 +82,20 @@ class FlatParameter {
   void reduce_gradient();
   /// Forgets which gradients arrived in this pass; the flat gradient stays.
   void end_pass();
-  /// Also drops the flat gradient, where a backward pass broke off.
+  /// True while some gradients of a pass have arrived and others have not; between passes, after one that broke off.
   bool pass_is_open() const { return arrived_ > 0; }
   void drop_gradient();
   /// Multiplies the slices' gradients.
   void scale_gradients(double factor);
 
   const c10::StorageImpl* storage() const { return full_.storage().unsafeGetStorageImpl(); }
+  const c10::StorageImpl* shard_storage() const { return shard_.storage().unsafeGetStorageImpl(); }
   const c10::StorageImpl* gradient_storage() const { return refused_.storage().unsafeGetStorageImpl(); }
 
   int pins = 0;  // operators that are using the whole right now
 
  private:
   ShardedParameter& parameter(const Member& member) const { return (*parameters_)[member.index]; }
-  int64_t version() const;
-  void cut_shard();
   void point_handle(Member& member);
   void copy_chunks(const at::Tensor& chunks, const at::Tensor& whole, bool to_whole) const;
   void allocate_whole();
@@ -108,7 +112,8 @@ class FlatParameter {
   int64_t shard_numel_ = 0;
   bool unsharded_ = false;
   bool warned_ = false;
-  int64_t gathered_version_ = -1;
+  int64_t writes_ = 0;
+  int64_t gathered_writes_ = -1;
   size_t arrived_ = 0;
   at::Tensor full_;  // over the permanent storage
   at::Tensor shard_;

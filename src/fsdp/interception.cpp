@@ -59,10 +59,11 @@ class Pins {
   ~Pins() {
     for (TouchTarget* target : targets_) target->unpin();
   }
-  void add(const at::Tensor& tensor) {
+  void add(const at::Tensor& tensor, bool written) {
     TouchTarget* target = target_of(tensor);
-    if (target == nullptr || std::find(targets_.begin(), targets_.end(), target) != targets_.end()) return;
-    target->pin(op_, tensor);
+    if (target == nullptr) return;
+    if (!written && std::find(targets_.begin(), targets_.end(), target) != targets_.end()) return;
+    target->pin(op_, tensor, written);
     targets_.push_back(target);
   }
 
@@ -74,16 +75,19 @@ class Pins {
 void on_touch(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   Pins pins(op.operator_name().name);
   if (!reads_no_values(op)) {
-    const size_t count = op.schema().arguments().size();
-    for (size_t i = stack->size() - count; i < stack->size(); ++i) {
-      const c10::IValue& value = (*stack)[i];
+    const auto& arguments = op.schema().arguments();
+    const size_t begin = stack->size() - arguments.size();
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      const c10::IValue& value = (*stack)[begin + i];
+      const c10::AliasInfo* alias = arguments[i].alias_info();
+      const bool written = alias != nullptr && alias->isWrite();
       if (value.isTensor()) {
-        pins.add(value.toTensor());
+        pins.add(value.toTensor(), written);
       } else if (value.isTensorList()) {
-        for (const at::Tensor& tensor : value.toTensorVector()) pins.add(tensor);
+        for (const at::Tensor& tensor : value.toTensorVector()) pins.add(tensor, written);
       } else if (value.isOptionalTensorList()) {
         for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) {
-          if (tensor.has_value()) pins.add(*tensor);
+          if (tensor.has_value()) pins.add(*tensor, written);
         }
       }
     }

@@ -16,6 +16,8 @@
 
 namespace reshard {
 
+/// Also on the slices that optimizers update, so that every write to a shard is noticed. Autograd's version counters would miss
+/// those through Tensor::data(), which is how torch::optim::SGD writes.
 inline constexpr c10::DispatchKey kShardKey = c10::DispatchKey::DeferredInit;
 
 /// Who answers for a storage.
@@ -23,8 +25,8 @@ class TouchTarget {
  public:
   virtual ~TouchTarget() = default;
   /// Brings the values in and keeps them there until unpin(), or throws. `op` is the operator's name, `tensor` the
-  /// argument. Calls nest.
-  virtual void pin(const std::string& op, const at::Tensor& tensor) = 0;
+  /// argument, `written` whether the operator writes to it. Calls nest.
+  virtual void pin(const std::string& op, const at::Tensor& tensor, bool written) = 0;
   virtual void unpin() noexcept = 0;
 };
 

@@ -89,6 +89,15 @@ void set_generator_state(const at::Tensor& state) {
   generator.set_state(state);
 }
 
+/// False: from now on a raw pointer to the storage cannot be had, but throws.
+void let_read(const c10::Storage& storage, bool allowed) {
+  if (allowed) {
+    storage.unsafeGetStorageImpl()->clear_data_ptr_access_error_msg_();
+  } else {
+    storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(kRawAccess);
+  }
+}
+
 bool same_bytes(const at::Tensor& a, const at::Tensor& b) {
   return a.nbytes() == b.nbytes() && std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
 }
@@ -180,7 +189,9 @@ void Recording::record(const c10::OperatorHandle& op, c10::DispatchKeySet keys, 
       refuse(name, "it has a random generator of its own");
     }
     if (arguments[i].name() != "device") continue;
-    if (value.isDevice() && !value.toDevice().is_cpu())
+    // torch::nn::init asks a parameter for its device, which is meta while it records.
+    if (value.isDevice() && value.toDevice().is_meta()) operation.arguments[i] = c10::Device(c10::kCPU);
+    if (value.isDevice() && !value.toDevice().is_cpu() && !value.toDevice().is_meta())
       refuse(name, "it asks for device " + value.toDevice().str() + "; use FsdpOptions::device");
     const bool is_conversion = base == "aten::to" || base == "aten::_to_copy";
     if (is_conversion && !has_recorded) continue;  // of a tensor made outside: done for real
@@ -213,11 +224,14 @@ void Recording::record(const c10::OperatorHandle& op, c10::DispatchKeySet keys, 
                     });
   }
 
+  // Operators may look at the (null) pointers of meta tensors, to see whether memory overlaps; nobody else may.
+  for (const auto& argument : operation.places) let_read(storages_[argument.place.storage], true);
   try {
     op.redispatchBoxed(keys, stack);
   } catch (const c10::Error& error) {
     refuse(name, error.what_without_backtrace());
   }
+  for (const auto& argument : operation.places) let_read(storages_[argument.place.storage], false);
   if (!has_recorded && !is_factory) return;
 
   size_t result_index = 0;
@@ -230,7 +244,7 @@ void Recording::record(const c10::OperatorHandle& op, c10::DispatchKeySet keys, 
     if (ids_.contains(storage)) return;
     ids_[storage] = storages_.size();
     storages_.push_back(tensor.storage());
-    storages_.back().unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(kRawAccess);
+    let_read(storages_.back(), false);
     operation.creates.emplace_back(index, place_of(tensor));
   });
   if (operation.creates.empty() && operation.writes.empty()) return;

@@ -21,8 +21,7 @@ struct ShardRange {
 /// Throws kInvalidArgument naming `key` unless `value` is a tensor or sharded tensor of the range's shape and dtype
 /// that holds all of it.
 void check_fills(const StateValue& value, const ShardRange& range, const std::string& key);
-/// Copies what check_fills accepted. Memory that is the range's own already is left alone. Bumps the version of `local`
-/// in any case.
+/// Copies what check_fills accepted. Memory that is the range's own already is left alone.
 void fill(const StateValue& value, const ShardRange& range);
 
 }  // namespace reshard

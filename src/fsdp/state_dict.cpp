@@ -2,7 +2,6 @@
 // State dicts of sharded models: views of the shard out, any layout in.
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <set>
 #include <unordered_map>
@@ -101,7 +100,6 @@ void fill(const StateValue& value, const ShardRange& range) {
       for (const LocalShard& shard : value.as<ShardedTensor>().shards()) take(shard.tensor, shard.box);
     }
   }
-  torch::autograd::impl::bump_version(range.local);
 }
 
 StateDict ShardedModule::state_dict(StateDictType type) const {
@@ -168,6 +166,7 @@ void ShardedModule::load_state_dict(const StateDict& state) {
       entry.buffer.copy_(dense);
     }
   }
+  engine_->note_load();
 }
 
 }  // namespace reshard

@@ -318,8 +318,7 @@ TEST(DecodeMetadataTest, BrokenPartsAreNamed) {
   refuse(kCorrupt, "nothing is stored for w [0]", [](auto& b) {
     replace(b.first_index, "fqn", b.tree.str("v")), replace(b.first_index, "offset", b.dims({5}));
   });
-  refuse(kCorrupt, "attribute relative_path is not there; key w",
-         [](auto& b) { drop(b.first_info, "relative_path"); });
+  refuse(kCorrupt, "attribute relative_path is not there; key w", [](auto& b) { drop(b.first_info, "relative_path"); });
   refuse(kCorrupt, "negative offset or length; key w",
          [](auto& b) { replace(b.first_info, "offset", Tree::integer(-1)); });
   refuse(kCorrupt, "negative offset or length",

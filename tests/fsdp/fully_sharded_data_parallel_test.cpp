@@ -7,6 +7,7 @@
 #include <torch/csrc/api/include/torch/optim/adamw.h>
 #include <torch/csrc/api/include/torch/optim/sgd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -58,6 +59,17 @@ std::unique_ptr<torch::optim::Optimizer> make_optimizer(Optimizer kind, std::vec
   return std::make_unique<torch::optim::SGD>(std::move(parameters), torch::optim::SGDOptions(0.05).momentum(0.9));
 }
 
+/// torch::optim updates a tied parameter once for each time that it is listed.
+std::vector<at::Tensor> distinct_parameters(const torch::nn::Module& module) {
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& parameter : module.parameters()) {
+    if (std::ranges::none_of(result, [&](const at::Tensor& known) { return known.is_same(parameter); })) {
+      result.push_back(parameter);
+    }
+  }
+  return result;
+}
+
 /// Trains a sharded and an unsharded model for 20 steps from the same start on the same batches, and compares.
 void train_and_compare(const std::shared_ptr<ProcessGroup>& group, Optimizer kind, FsdpOptions options,
                        bool from_meta) {
@@ -71,7 +83,7 @@ void train_and_compare(const std::shared_ptr<ProcessGroup>& group, Optimizer kin
   EXPECT_EQ(difference_to(model, *model.module(), *reference), 0.0);
 
   const auto optimizer = make_optimizer(kind, model.parameters());
-  const auto reference_optimizer = make_optimizer(kind, reference->parameters());
+  const auto reference_optimizer = make_optimizer(kind, distinct_parameters(*reference));
   const int64_t rows = 12 / group->size();
   for (int64_t step = 0; step < 20; ++step) {
     const at::Tensor tokens = tokens_of_step(step);
@@ -176,7 +188,8 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, HoldsOneUnitAtATime, .ran
     EXPECT_EQ(allocator.peak, 1) << "forward";
     allocator.peak = 0;
     out.sum().backward();
-    EXPECT_LE(allocator.peak, 2) << "backward: one unit and its gradient";
+    // The unit is freed before its gradient is reduced, but gloo reduces a copy of what it is given.
+    EXPECT_LE(allocator.peak, 3) << "backward: the flat gradient, autograd's part of it or a unit, and gloo's copy";
     EXPECT_EQ(allocator.live, 0) << "after backward";
     const FsdpMemoryStats& stats = model.memory_stats();
     EXPECT_EQ(stats.peak_unsharded_bytes, unit_bytes);
@@ -213,7 +226,7 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, NamesWhatIsUsedWrongly, .
   if (rank() == 0) {
     expect_error(ErrorCode::kFailedPrecondition, {"outside of a forward pass", "bias", "aten::sum"},
                  [&] { model.module()->bias.sum(); });
-    expect_error(ErrorCode::kFailedPrecondition, {"outside of a forward pass", "weight"},
+    expect_error(ErrorCode::kFailedPrecondition, {"outside of a forward pass", "aten::addmm"},
                  [&] { model.module()->forward(x); });
     try {
       model.module()->weight.data_ptr<float>();
@@ -259,7 +272,7 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, NamesWhatIsUsedWrongly, .
   // Handles that were replaced.
   {
     auto moved = FullyShardedDataParallel(torch::nn::Linear(3, 5), options);
-    expect_error(ErrorCode::kFailedPrecondition, {"outside", "set_data"}, [&] {
+    expect_error(ErrorCode::kFailedPrecondition, {"outside of a forward pass", "weight"}, [&] {
       moved.module()->weight.set_data(at::zeros({5, 3}));
     });
     expect_error(ErrorCode::kFailedPrecondition, {"outside", "aten::_to_copy"},
@@ -415,14 +428,16 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, SummonsAndSeesWritesToSha
       model.module()->bias.fill_(rank());  // ranks write differently: each keeps its own part
     }
     const at::Tensor first = model(x);
-    EXPECT_EQ(first[0][0].item<float>(), 3.0f + 0.0f);
+    const float bias =
+        layout == ShardLayout::kFlat ? 1 : 0;  // of row 0: rank 1 has the end of the flat unit, rank 0 the first rows
+    EXPECT_EQ(first[0][0].item<float>(), 3.0f + bias);
     EXPECT_EQ(first[0][4].item<float>(), 3.0f + 1.0f);
     {
       const SummonFullParams full(model);
       EXPECT_EQ(model.module()->weight.sum().item<float>(), 15.0f);
       model.module()->weight.fill_(7);
     }
-    EXPECT_EQ(model(x)[0][0].item<float>(), 3.0f) << "a write without write-back is lost";
+    EXPECT_EQ(model(x)[0][0].item<float>(), 3.0f + bias) << "a write without write-back is lost";
     EXPECT_GT(model.memory_stats().unsharded_bytes, 0u)
         << "the unit is still gathered, so the next writes make it stale";
     for (at::Tensor& slice : model.parameters()) slice.fill_(2);
