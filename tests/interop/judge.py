@@ -2,6 +2,7 @@
 """PyTorch as the judge of checkpoints that reshard wrote. Every check prints one line; the first that fails ends the program with 1.
 
   judge.py whole DIR --digest FILE                      dcp.load into whole tensors, dcp_to_torch_save: equal to {key: SHA-256} in FILE
+  judge.py values DIR                                    the values that interop_test.cpp saves
   judge.py fsdp DIR --digest FILE --ranks N --model linear|lm     FSDP on N ranks loads it
   judge.py continue DIR --ranks N --steps S --text T --seed K --log FILE    FSDP and AdamW on N ranks go on training; losses go to FILE
 """
@@ -61,6 +62,19 @@ def whole(args, wanted):
         dcp_to_torch_save(args.dir, f"{tmp}/all.pt")
         nested = torch.load(f"{tmp}/all.pt", weights_only=True)
     compare("dcp_to_torch_save", wanted, {k: digest(at_path(nested, metadata.planner_data[k])) for k in wanted})
+
+
+def values(args):
+    """The values that interop_test.cpp saves."""
+    wanted = {"int": 7, "big": 1 << 40, "float": 0.1, "text": "h\u00e9llo", "none": None, "flag": True, "list": [1, 2.5, "x"],
+              "tuple": (0.9, 0.999), "raw": b"\x00\xff"}
+    with tempfile.TemporaryDirectory() as tmp:
+        dcp_to_torch_save(args.dir, f"{tmp}/all.pt")
+        found = torch.load(f"{tmp}/all.pt", weights_only=True)["values"]
+    for key, value in wanted.items():
+        if found.get(key, "missing") != value or type(found[key]) is not type(value):
+            sys.exit(f"value {key}: wanted {value!r}, found {found.get(key)!r}")
+    print(f"{len(wanted)} values equal")
 
 
 def start_rank(rank, world, port):
@@ -128,7 +142,7 @@ def free_port():
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("check", choices=["whole", "fsdp", "continue"])
+    parser.add_argument("check", choices=["whole", "values", "fsdp", "continue"])
     parser.add_argument("dir")
     parser.add_argument("--digest")
     parser.add_argument("--ranks", type=int, default=1)
@@ -141,6 +155,8 @@ def main():
     wanted = json.load(open(args.digest)) if args.digest else None
     if args.check == "whole":
         whole(args, wanted)
+    elif args.check == "values":
+        values(args)
     elif args.check == "fsdp":
         mp.spawn(fsdp_rank, args=(args, wanted, free_port()), nprocs=args.ranks)
     else:
