@@ -12,9 +12,9 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <limits>
 #include <optional>
+#include <thread>
 
 #include "fsdp/test_model.h"
 #include "reshard/testing/torch_distributed_test.h"
