@@ -38,6 +38,7 @@ struct Arguments {
   std::string device = "auto";
   int64_t batch = 12;
   double learning_rate = 3e-3;
+  bool float64 = false;
   LanguageModelOptions model;
 };
 
@@ -73,6 +74,7 @@ int train(const Arguments& args) {
   const int64_t share = args.batch / world->size();
   const std::string text = read_text(args.text);
 
+  if (args.float64) c10::set_default_dtype(caffe2::TypeMeta::Make<double>());
   torch::manual_seed(args.seed);
   auto model = reshard::FullyShardedDataParallel(
       reshard::on_meta([&] { return LanguageModel(args.model); }),
@@ -169,6 +171,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"auto", "cpu", "cuda", "cuda-shared"}));
   app.add_option("--batch", args.batch, "samples a step, over all ranks");
   app.add_option("--learning-rate", args.learning_rate, "of AdamW");
+  app.add_flag("--float64", args.float64, "compute in float64 (to compare runs closely)");
   app.add_option("--width", args.model.width, "of the model");
   app.add_option("--blocks", args.model.blocks, "transformer blocks");
   app.add_option("--context", args.model.context, "bytes a sample");

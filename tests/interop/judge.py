@@ -107,6 +107,8 @@ def fsdp_rank(rank, args, wanted, port):
 
 def continue_rank(rank, args, port):
     start_rank(rank, args.ranks, port)
+    if args.float64:
+        torch.set_default_dtype(torch.float64)
     model = make_model("lm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -151,6 +153,7 @@ def main():
     parser.add_argument("--text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log")
+    parser.add_argument("--float64", action="store_true")
     args = parser.parse_args()
     wanted = json.load(open(args.digest)) if args.digest else None
     if args.check == "whole":
