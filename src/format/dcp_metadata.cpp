@@ -27,6 +27,10 @@ constexpr std::string_view kSidecarsAttribute = "reshard_sidecars";
 
 constexpr size_t kMaxTransforms = 16;
 
+// What a stream shares is copied here, so a small file could ask for a lot of memory. Names of some thousand characters stay far below this.
+constexpr uint64_t kMaxCopiedPerByte = 256;
+constexpr uint64_t kFreelyCopied = 16 << 20;
+
 // --- decoding --------------------------------------------------------------------------------------------------------
 
 [[noreturn]] void corrupt(const std::string& message, std::string wanted = {}, std::string found = {}) {
@@ -70,13 +74,15 @@ class Known {
 
 class Decoder {
  public:
+  explicit Decoder(size_t file_size) : copies_left_(kFreelyCopied + kMaxCopiedPerByte * file_size) {}
+
   Metadata decode(const Value& root) {
     const auto state = attributes(metadata_, root);
     Metadata result;
     const auto entries = required(state, "state_dict_metadata").entries();
     result.state_dict_metadata.reserve(entries.size());
     for (const auto& [key, value] : entries) {
-      std::string fqn(key.as_str());
+      std::string fqn = text(key);
       at_key(fqn, [&] {
         if (!result.state_dict_metadata.insert(fqn, storage_metadata(value))) corrupt("key is there twice");
       });
@@ -101,7 +107,7 @@ class Decoder {
       result.storage_meta = storage_meta(ours->entries());
     }
     if (const Value* version = find(state, "version"); version != nullptr && !version->is_none())
-      result.version = version->as_str();
+      result.version = text(*version);
     if (const Value* sidecars = find(state, kSidecarsAttribute); sidecars != nullptr && !sidecars->is_none()) {
       if (sidecars->as_int() < 0) corrupt("negative number of sidecars");
       result.sidecars = sidecars->as_int();
@@ -134,9 +140,22 @@ class Decoder {
     if (value == nullptr) corrupt("attribute " + std::string(name) + " is not there");
     return *value;
   }
-  static State attributes(Known& known, const Value& value) {
+  State attributes(Known& known, const Value& value) {
     const pickle::Object& object = known.get(value, Made::kNewObj);
-    return object.has_state ? object.state.entries() : State{};
+    if (!object.has_state) return {};
+    const State state = object.state.entries();
+    spend(state.size() * sizeof(pickle::Entry));  // find() walks it
+    return state;
+  }
+
+  void spend(uint64_t bytes) {
+    if (bytes > copies_left_) corrupt("shared parts would take far more memory than the file");
+    copies_left_ -= bytes;
+  }
+  std::string text(const Value& value) {
+    const std::string_view text = value.as_str();
+    spend(text.size());
+    return std::string(text);
   }
 
   Dims size(const Value& value) {
@@ -150,6 +169,7 @@ class Decoder {
     const auto items = tuple->items();
     if (items.size() > kMaxTensorRank)
       corrupt("too many dimensions", "at most " + std::to_string(kMaxTensorRank), std::to_string(items.size()));
+    spend(items.size() * sizeof(int64_t));
     Dims dims(items.size(), 0);
     for (size_t i = 0; i < items.size(); ++i) dims[i] = items[i].as_int();
     return dims;
@@ -165,6 +185,7 @@ class Decoder {
     tensor.size = size(required(state, "size"));
     const Value& chunks = required(state, "chunks");
     if (chunks.kind() != Kind::kList && chunks.kind() != Kind::kTuple) corrupt("chunks", "list", describe(chunks));
+    spend(chunks.items().size() * sizeof(ChunkStorageMetadata));
     tensor.chunks.reserve(chunks.items().size());
     for (const Value& chunk : chunks.items()) {
       const auto box = attributes(chunk_, chunk);
@@ -183,7 +204,7 @@ class Decoder {
     const auto known = dtype.module == "torch" ? dtype_from_string(dtype.name) : std::nullopt;
     if (!known) throw Error(ErrorCode::kUnsupported, "metadata: unknown dtype", {.found = describe(fields[0])});
     properties.dtype = *known;
-    properties.layout = fields[1].is_none() ? std::string() : std::string(only_argument(layout_, fields[1]).as_str());
+    properties.layout = fields[1].is_none() ? std::string() : text(only_argument(layout_, fields[1]));
     properties.requires_grad = fields[2].as_bool();
     properties.memory_format = only_argument(memory_format_, fields[3]).as_int();
     if (properties.memory_format < 0 || properties.memory_format > 2)
@@ -198,24 +219,25 @@ class Decoder {
   }
 
   // Nothing if another planner stored something else there.
-  static std::optional<OrderedMap<std::string, ObjectPath>> planner_data(const Value& value) {
+  std::optional<OrderedMap<std::string, ObjectPath>> planner_data(const Value& value) {
     if (value.kind() != Kind::kDict) return std::nullopt;
     OrderedMap<std::string, ObjectPath> result;
     result.reserve(value.entries().size());
     for (const auto& [key, path] : value.entries()) {
       if (key.kind() != Kind::kStr || path.kind() != Kind::kTuple) return std::nullopt;
       ObjectPath elements;
+      spend(path.items().size() * sizeof(PathElement));
       elements.reserve(path.items().size());
       for (const Value& element : path.items()) {
         if (element.kind() == Kind::kStr) {
-          elements.emplace_back(std::string(element.as_str()));
+          elements.emplace_back(text(element));
         } else if (element.kind() == Kind::kInt) {
           elements.emplace_back(element.as_int());
         } else {
           return std::nullopt;
         }
       }
-      if (!result.insert(std::string(key.as_str()), std::move(elements)))
+      if (!result.insert(text(key), std::move(elements)))
         corrupt("planner_data names " + std::string(key.as_str()) + " twice");
     }
     return result;
@@ -224,7 +246,7 @@ class Decoder {
   MetadataIndex metadata_index(const Value& value) {
     const auto state = attributes(index_, value);
     MetadataIndex index;
-    index.fqn = required(state, "fqn").as_str();
+    index.fqn = text(required(state, "fqn"));
     at_key(index.fqn, [&] {
       if (const Value* offset = find(state, "offset"); offset != nullptr && !offset->is_none())
         index.offset = size(*offset);
@@ -240,21 +262,21 @@ class Decoder {
   StorageInfo storage_info(const Value& value) {
     const auto state = attributes(info_, value);
     StorageInfo info;
-    info.relative_path = required(state, "relative_path").as_str();
+    info.relative_path = text(required(state, "relative_path"));
     info.offset = position(required(state, "offset"));
     info.length = position(required(state, "length"));
     if (const Value* transforms = find(state, "transform_descriptors");
         transforms != nullptr && !transforms->is_none()) {
       if (transforms->items().size() > kMaxTransforms)
         corrupt("too many transforms", std::to_string(kMaxTransforms), std::to_string(transforms->items().size()));
-      for (const Value& name : transforms->items()) info.transform_descriptors.emplace_back(name.as_str());
+      for (const Value& name : transforms->items()) info.transform_descriptors.push_back(text(name));
     }
     return info;
   }
 
   // A path object is the list of its parts.
-  static std::optional<std::string> path_text(const Value& value) {
-    if (value.kind() == Kind::kStr) return std::string(value.as_str());
+  std::optional<std::string> path_text(const Value& value) {
+    if (value.kind() == Kind::kStr) return text(value);
     if (value.kind() != Kind::kObject) return std::nullopt;
     const pickle::Object& object = value.as_object();
     if (object.callable.kind() != Kind::kGlobal || !object.callable.as_global().module.starts_with("pathlib"))
@@ -264,27 +286,28 @@ class Decoder {
       if (part.kind() != Kind::kStr) return std::nullopt;
       if (part.as_str().starts_with('/')) path.clear();
       if (!path.empty() && !path.ends_with('/')) path += '/';
-      path += part.as_str();
+      path += text(part);
     }
     return path.empty() ? "." : path;
   }
-  static StorageMeta storage_meta(State state) {
+  StorageMeta storage_meta(State state) {
     StorageMeta meta;
-    const auto text = [&](std::string_view name) -> std::optional<std::string> {
+    const auto optional_text = [&](std::string_view name) -> std::optional<std::string> {
       const Value* value = find(state, name);
       return value == nullptr ? std::nullopt : path_text(*value);
     };
-    meta.checkpoint_id = text("checkpoint_id");
-    meta.save_id = text("save_id");
-    meta.load_id = text("load_id");
+    meta.checkpoint_id = optional_text("checkpoint_id");
+    meta.save_id = optional_text("save_id");
+    meta.load_id = optional_text("load_id");
     if (const Value* modules = find(state, "modules"); modules != nullptr && modules->kind() == Kind::kList) {
       for (const Value& name : modules->items()) {
-        if (name.kind() == Kind::kStr) meta.modules.emplace_back(name.as_str());
+        if (name.kind() == Kind::kStr) meta.modules.push_back(text(name));
       }
     }
     return meta;
   }
 
+  uint64_t copies_left_;
   Known metadata_{kCatalogue, "Metadata"};
   Known tensor_{kCatalogue, "TensorStorageMetadata"};
   Known bytes_{kCatalogue, "BytesStorageMetadata"};
@@ -604,7 +627,7 @@ class Encoder {
 }  // namespace
 
 Metadata decode_metadata(ByteSpan file) {
-  Metadata metadata = Decoder().decode(pickle::parse(file).root());
+  Metadata metadata = Decoder(file.size()).decode(pickle::parse(file).root());
   validate(metadata);
   return metadata;
 }

@@ -683,6 +683,12 @@ struct Children {
     }
   }
   size_t size() const { return object != nullptr ? 6 : items.size() + 2 * entries.size(); }
+  // Bytes of a text, however spelled.
+  static size_t text_size(const Value& v) {
+    if (v.kind() == Kind::kStr) return v.as_str().size();
+    const bool is_bytes = v.kind() == Kind::kBytes || v.kind() == Kind::kByteArray || v.kind() == Kind::kBigInt;
+    return is_bytes ? v.as_bytes().size() : 0;
+  }
   Value operator[](size_t i) const {
     if (object != nullptr) {
       switch (i) {
@@ -713,6 +719,7 @@ void check_tree(const Value& root, const Limits& limits) {
     size_t depth = 1;  // of the part below, this value included
     uint64_t expanded = 1;
   };
+  constexpr size_t kTextBytesOfOneValue = 64;
   struct Seen {
     bool done = false;
     size_t depth = 0;
@@ -733,7 +740,7 @@ void check_tree(const Value& root, const Limits& limits) {
   };
   const auto enter = [&](const Value& v) {
     const Children children(v);
-    if (children.size() == 0) return absorb(1, 1);
+    if (children.size() == 0) return absorb(1, 1 + Children::text_size(v) / kTextBytesOfOneValue);
     const auto [it, is_new] = seen.try_emplace(Access::identity(v));
     if (!is_new) {
       if (!it->second.done) fail("a cycle");

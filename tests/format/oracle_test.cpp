@@ -42,6 +42,17 @@ std::string test_name(const ::testing::TestParamInfo<std::string>& info) {
 }
 INSTANTIATE_TEST_SUITE_P(Checkpoints, OracleTest, ::testing::ValuesIn(OracleCase::names()), test_name);
 
+TEST(OracleDataTest, IsComplete) {
+  std::vector<std::string> all;
+  for (const char* release : {"2.1.2", "2.14.1", "2.4.1", "2.9.1"}) {
+    for (const char* name :
+         {"dtensor2d_4", "dtypes", "fsdp_linear_2", "fsdp_linear_4", "fsdp_uneven_3", "nested", "replicated_2"}) {
+      all.push_back(std::string(release) + "/" + name);
+    }
+  }
+  EXPECT_EQ(OracleCase::names(), all);
+}
+
 Dims dims_of(const json& list) {
   Dims dims;
   for (const auto& v : list) dims.push_back(v.get<int64_t>());

@@ -282,6 +282,19 @@ INSTANTIATE_TEST_SUITE_P(
                       BadStream{"EndlessName", stream("cmodule without end"), kCorrupt, "name without end"},
                       BadStream{"NameIsNoText", stream("K\x01K\x02\x93."), kCorrupt, "no str"},
                       BadStream{"TupleWithoutMark", stream("Nt."), kCorrupt, "no MARK"},
+                      BadStream{"AppendsWithoutMark", stream("]e."), kCorrupt, "no MARK"},
+                      BadStream{"SetItemsWithoutMark", stream("}u."), kCorrupt, "no MARK"},
+                      BadStream{"AddItemsWithoutMark", stream("\x8f\x90."), kCorrupt, "no MARK"},
+                      BadStream{"FrozenSetWithoutMark", stream("\x91."), kCorrupt, "no MARK"},
+                      BadStream{"PopMarkWithoutMark", stream("N1."), kCorrupt, "no MARK"},
+                      BadStream{"PopOfNothing", stream("0."), kCorrupt, "stack underflow"},
+                      BadStream{"DupOfNothing", stream("2."), kCorrupt, "stack underflow"},
+                      BadStream{"BuildOfNothing", stream("Nb."), kCorrupt, "stack underflow"},
+                      BadStream{"SetItemOfNothing", stream("NNs."), kCorrupt, "stack underflow"},
+                      BadStream{"CallOfNothing", stream(")R."), kCorrupt, "stack underflow"},
+                      BadStream{"NameOfNothing", stream("X\x01\0\0\0a\x93."), kCorrupt, "stack underflow"},
+                      BadStream{"PersistentIdOfNothing", stream("Q."), kCorrupt, "stack underflow"},
+                      BadStream{"NameIsNoUtf8", stream("c\xff\nn\n."), kCorrupt, "UTF-8"},
                       BadStream{"ItemsBelowTheMark", stream("N(\x85."), kCorrupt, "stack underflow"},
                       BadStream{"AppendToNone", stream("NNa."), kCorrupt, "no list"},
                       BadStream{"AppendAcrossAMark", stream("](Na."), kCorrupt, "stack underflow"},
@@ -345,6 +358,15 @@ TEST(PickleBombTest, DoublingByReferenceStaysSmallAndIsNoticed) {
   text += "h\x40\x86.";
   const Tree tree = parse(as_bytes("(" + text.substr(0, text.size() - 2) + "t."));
   EXPECT_ERROR(kUnsupported, "too large", check_tree(tree.root()));
+}
+
+TEST(PickleBombTest, ALongTextSharedOftenIsNoticed) {
+  Tree tree;
+  const std::vector<Value> shared(10'000, tree.str(std::string(200'000, 'x')));  // 2 GB when copied
+  EXPECT_ERROR(kUnsupported, "too large", check_tree(tree.list(shared)));
+  EXPECT_ERROR(kUnsupported, "too large",
+               check_tree(tree.list(std::vector<Value>(10'000, tree.bytes(Bytes(200'000))))));
+  check_tree(tree.str(std::string(100'000'000, 'x')));
 }
 
 TEST(PickleBombTest, CyclesThroughEveryKindOfNodeAreNoticed) {

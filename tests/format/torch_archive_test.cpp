@@ -234,7 +234,7 @@ TEST(ValueArchiveTest, CyclicValuesAreRefused) {
 // A tensor's parts, each replaceable; written into an archive with one storage.
 class TensorBuilder {
  public:
-  std::string function = "_rebuild_tensor_v2";
+  std::string module = "torch._utils", function = "_rebuild_tensor_v2";
   Value storage_type, key, location, count, offset, sizes, strides, requires_grad, hooks;
   std::vector<Value> more;
   Bytes payload = pattern(24);
@@ -264,7 +264,7 @@ class TensorBuilder {
                                hooks};
     args.insert(args.end(), more.begin(), more.end());
     pickle::Object call;
-    call.callable = tree.global("torch._utils", function);
+    call.callable = tree.global(module, function);
     call.args = tree.tuple(args);
     return build_zip(
         {{"a/data.pkl", pickle::write(tree.object(call))}, {"a/" + record, payload}, {"a/version", bytes_of("3\n")}});
@@ -376,7 +376,12 @@ TEST(TensorItemTest, BadStoragesAreRefused) {
   refuse(kCorrupt, "wanted global", [](auto& b) { b.storage_type = b.tree.str("FloatStorage"); });
   refuse(kCorrupt, "number of arguments", [](auto& b) { b.more = {Tree::none(), Tree::none()}; });
   refuse(kUnsupported, "_rebuild_sparse_tensor", [](auto& b) { b.function = "_rebuild_sparse_tensor"; });
-  refuse(kUnsupported, "_rebuild_qtensor", [](auto& b) { b.function = "_rebuild_qtensor"; });
+  for (const char* name : {"_rebuild_qtensor", "_rebuild_nested_tensor", "_rebuild_meta_tensor_no_storage",
+                           "_rebuild_device_tensor_from_numpy", "_rebuild_wrapper_subclass"}) {
+    refuse(kUnsupported, name, [&](auto& b) { b.function = name; });
+  }
+  refuse(kUnsupported, "torch._tensor._rebuild_from_type_v2",
+         [](auto& b) { b.module = "torch._tensor", b.function = "_rebuild_from_type_v2"; });
   refuse(kUnsupported, "unknown dtype torch.float3",
          [](auto& b) { b.function = "_rebuild_tensor_v3", b.more = {b.tree.global("torch", "float3")}; });
   refuse(kCorrupt, "wanted UntypedStorage",
@@ -428,6 +433,9 @@ TEST(ArchiveTest, OversizedRecordsAreNotRead) {
   auto records = good_records();
   records[1].content = pattern(65);
   EXPECT_ERROR(kCorrupt, "wanted at most 64 bytes, found 65", decode(build_zip(records)));
+  records = good_records();
+  records[0].content.resize((16 << 20) + 1);  // the pickle of a tensor
+  EXPECT_ERROR(kCorrupt, "record a/data.pkl is too large; ", read_tensor_item(MemorySource(build_zip(records))));
 }
 
 TEST(ArchiveTest, VerifyFindsEveryChangedByte) {

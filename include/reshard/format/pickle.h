@@ -171,7 +171,7 @@ Tree parse(ByteSpan stream);
 /// Bounds for consumers that descend recursively or expand shared nodes.
 struct Limits {
   size_t max_depth = 500;
-  uint64_t max_expanded = 16 << 20;  // values, shared ones counted each time
+  uint64_t max_expanded = 16 << 20;  // values, shared ones counted each time, a text once more for each 64 bytes
 };
 /// Throws kUnsupported if the tree below `root` has a cycle, is deeper than the limits, or would grow past them when
 /// shared values are copied.
