@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <spawn.h>
+#include <sys/inotify.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -12,6 +13,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <regex>
+#include <set>
 
 #include "reshard/format/sha256.h"
 #include "storage/checkpoint_runs.h"
@@ -117,8 +119,43 @@ TEST_F(CliTest, InspectSaysWhichFilesAreMissing) {
   EXPECT_TRUE(json.at("files").at("__1_0.distcp").at("size").is_null());
 }
 
-// A data file that cannot be opened does not matter to it.
+/// The names below a directory that are opened while it lives, by any process.
+class OpenWatch {
+ public:
+  explicit OpenWatch(const std::string& directory) : fd_(::inotify_init1(IN_NONBLOCK | IN_CLOEXEC)) {
+    if (fd_ < 0 || ::inotify_add_watch(fd_, directory.c_str(), IN_OPEN) < 0)
+      throw std::runtime_error("cannot watch " + directory);
+  }
+  OpenWatch(const OpenWatch&) = delete;
+  OpenWatch& operator=(const OpenWatch&) = delete;
+  ~OpenWatch() { ::close(fd_); }
+  std::set<std::string> opened() const {
+    std::set<std::string> names;
+    alignas(inotify_event) char buffer[1 << 16];
+    for (ssize_t n = 0; (n = ::read(fd_, buffer, sizeof(buffer))) > 0;) {
+      for (ssize_t at = 0; at < n;) {
+        const auto* event = reinterpret_cast<const inotify_event*>(buffer + at);
+        if (event->len > 0) names.insert(event->name);
+        at += static_cast<ssize_t>(sizeof(inotify_event) + event->len);
+      }
+    }
+    return names;
+  }
+
+ private:
+  int fd_;
+};
+
 TEST_F(CliTest, InspectOpensNoDataFile) {
+  for (const char* flag : {"--chunks", "--json"}) {
+    const OpenWatch watch(path());
+    EXPECT_EQ(reshard_command({"inspect", flag, path()}).exit_code, 0);
+    EXPECT_THAT(watch.opened(), testing::ElementsAre(".metadata"));
+  }
+  const OpenWatch watch(path());
+  reshard_command({"digest", path()});
+  EXPECT_THAT(watch.opened(), testing::IsSupersetOf({"__0_0.distcp", "__1_0.distcp"})) << "the watch sees nothing";
+  // One that cannot be opened does not matter to it.
   for (const char* name : {"__0_0.distcp", "__1_0.distcp"}) {
     std::filesystem::remove(directory_ / name);
     std::filesystem::create_symlink("nowhere", directory_ / name);
@@ -126,6 +163,15 @@ TEST_F(CliTest, InspectOpensNoDataFile) {
   const CommandResult run = reshard_command({"inspect", path()});
   EXPECT_EQ(run.exit_code, 0) << run.err;
   EXPECT_THAT(run.out, HasSubstr("missing"));
+}
+
+TEST_F(CliTest, NeedsNoLibTorch) {
+  const TemporaryDirectory output;
+  const std::string command = "ldd " RESHARD_CLI " > " + output / "libraries";
+  ASSERT_EQ(std::system(command.c_str()), 0);
+  const std::string libraries = text_of(output / "libraries");
+  EXPECT_THAT(libraries, HasSubstr("libc.so"));
+  for (const char* name : {"libtorch", "libc10", "libcuda", "libpython"}) EXPECT_THAT(libraries, Not(HasSubstr(name)));
 }
 
 TEST_F(CliTest, ControlCharactersInKeysDoNotReachTheTerminal) {
