@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "format/pickle_opcodes.h"
+#include "format/utf8.h"
 #include "reshard/format/pickle.h"
 
 namespace reshard {
@@ -447,6 +448,8 @@ class Encoder {
     memoize();
   }
   void raw_str(std::string_view text) {
+    if (!is_utf8(text))
+      throw Error(ErrorCode::kInvalidArgument, "metadata: text is no UTF-8", {.found = std::string(text)});
     if (text.size() < 256) {
       op(Op::kShortBinUnicode);
       out_.u8(static_cast<uint8_t>(text.size()));

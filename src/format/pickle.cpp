@@ -238,7 +238,11 @@ Value Tree::boolean(bool v) { return Access::boolean(v); }
 Value Tree::integer(int64_t v) { return Access::integer(v); }
 Value Tree::real(double v) { return Access::real(v); }
 Value Tree::big_integer(ByteSpan digits) { return Access::text(*arena_, Kind::kBigInt, digits); }
-Value Tree::str(std::string_view utf8) { return Access::text(*arena_, Kind::kStr, as_bytes(utf8)); }
+Value Tree::str(std::string_view utf8) {
+  if (!is_utf8(utf8))
+    throw Error(ErrorCode::kInvalidArgument, "a string is no UTF-8, so it would be unreadable; save it as bytes");
+  return Access::text(*arena_, Kind::kStr, as_bytes(utf8));
+}
 Value Tree::bytes(ByteSpan data) { return Access::text(*arena_, Kind::kBytes, data); }
 Value Tree::byte_array(ByteSpan data) { return Access::text(*arena_, Kind::kByteArray, data); }
 Value Tree::list(std::span<const Value> items) {
@@ -837,6 +841,8 @@ class Writer {
     memoize(identity);
   }
   void save_global(std::string_view module, std::string_view name, const void* identity) {
+    if (module.find('\n') != module.npos || name.find('\n') != name.npos)
+      throw Error(ErrorCode::kUnsupported, "pickle: the name of a global holds a line break");
     op(Op::kGlobal);
     out_.text(module);
     out_.u8('\n');

@@ -4,6 +4,7 @@
 #include <string_view>
 #include <utility>
 
+#include "format/utf8.h"
 #include "reshard/core/checked.h"
 #include "reshard/planner/default_planner.h"
 
@@ -261,6 +262,7 @@ SavePlan DefaultSavePlanner::create_local_plan() {
 
   for (size_t e = 0; e < entries.size(); ++e) {
     const auto& [fqn, path, value] = entries[e];
+    if (!is_utf8(fqn)) throw Error(ErrorCode::kInvalidArgument, "the name of a value is no UTF-8", {.key = fqn});
     if (!plan.planner_data.insert(fqn, path)) {
       throw Error(ErrorCode::kInvalidArgument, "two values of the state dict have the same flattened name",
                   {.key = fqn});
@@ -313,6 +315,10 @@ GlobalSavePlan DefaultSavePlanner::create_global_plan(std::vector<SavePlan> loca
   dedup_save_plans(local_plans, options_.dedup_save_to_lowest_rank ? DedupPolicy::kLowestRank : DedupPolicy::kBalanced);
   GlobalSavePlan global;
   global.metadata = build_metadata(local_plans);
+  for (const auto& [fqn, path] : *global.metadata.planner_data) {
+    if (global.metadata.state_dict_metadata.find(fqn) == nullptr)
+      throw Error(ErrorCode::kInvalidArgument, "no rank supplies any part of a tensor", {.key = fqn});
+  }
   validate_global_plan(global.metadata, local_plans);
   global.plans = std::move(local_plans);
   return global;

@@ -118,6 +118,14 @@ TEST(EncodeMetadataTest, ManyChunksCostFewBytesEach) {
   EXPECT_EQ(decode_metadata(bytes), m);
 }
 
+TEST(EncodeMetadataTest, TextThatCouldNotBeReadBackIsRefused) {
+  for (const char* bad : {"\xff", "a\xc3(", "\xed\xa0"}) {
+    Metadata m = example();
+    m.storage_data.find({"step", {}, {}})->relative_path = bad;
+    EXPECT_ERROR(ErrorCode::kInvalidArgument, "text is no UTF-8", encode_metadata(m));
+  }
+}
+
 TEST(EncodeMetadataTest, NumbersThatPythonWouldReadAsNegativeAreRefused) {
   Metadata m = example();
   m.storage_data.find({"step", {}, {}})->offset = uint64_t{1} << 63;

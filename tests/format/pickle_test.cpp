@@ -130,6 +130,14 @@ TEST(PickleWriteTest, BigIntegersKeepTheirDigits) {
   }
 }
 
+TEST(PickleWriteTest, WhatCouldNotBeReadBackIsRefused) {
+  Tree tree;
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "no UTF-8", tree.str("\xff\xfe"));
+  // As text a line break would end the name, and what follows would be opcodes.
+  const Tree named = parse(stream("\x80\x04\x8c\x01m\x8c\x07n\ncos.x\x93."));
+  EXPECT_ERROR(ErrorCode::kUnsupported, "line break", write(named.root()));
+}
+
 TEST(PickleWriteTest, CyclesAndDeepTreesAreRefused) {
   const Tree cycle = parse(stream("\x80\x02]q\0h\0a."));
   EXPECT_ERROR(ErrorCode::kUnsupported, "cycle", write(cycle.root()));

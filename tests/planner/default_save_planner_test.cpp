@@ -296,6 +296,17 @@ TEST(DefaultSavePlannerTest, MissingChunkIsNamed) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "key param", save());
 }
 
+TEST(DefaultSavePlannerTest, TensorOfWhichNoRankHoldsAPartIsNamed) {
+  // It would be missing from the checkpoint without a word.
+  const auto save = [](std::vector<Box> of_rank_1) {
+    return globally({plan_of({replica_entry("other", {2}), tensor_entry("w", {4}, {})}),
+                     plan_of({tensor_entry("w", {4}, std::move(of_rank_1))})});
+  };
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "no rank supplies any part of a tensor; key w", save({}));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "no rank supplies any part of a tensor; key w", save({{{4}, {0}}}));
+  EXPECT_NO_THROW(save({{{0}, {4}}}));
+}
+
 TEST(DefaultSavePlannerTest, SingleRankMustHoldAllOfATensorToo) {
   // PyTorch skips this check where only one rank takes part.
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "no rank supplies",
@@ -325,6 +336,10 @@ TEST(DefaultSavePlannerTest, RanksThatDisagreeOnAKeyAreNamedWithBothValues) {
 TEST(DefaultSavePlannerTest, NamesThatCollideAreRefused) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "same flattened name",
                plan_of({bytes_entry("a.b", 1), bytes_entry("a.b", 2)}));
+}
+
+TEST(DefaultSavePlannerTest, NamesThatAreNoTextAreRefused) {
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "the name of a value is no UTF-8", plan_of({bytes_entry("a\xff", 1)}));
 }
 
 TEST(DefaultSavePlannerTest, BadLocalChunksAreRefusedOnTheirRank) {

@@ -3,6 +3,7 @@
 // test_file_system_checkpoint.py and test_file_system_checkpoint_cpu.py.
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <functional>
 
 #include "storage/checkpoint_runs.h"
@@ -133,6 +134,22 @@ TEST_P(FileSystemTest, KindOfContainerIsNotPartOfTheFile) {
       load(loaded);
       ASSERT_EQ(first_difference(loaded), "");
     }
+  }
+}
+
+TEST_P(FileSystemTest, KeysAreNeverNamesOfFiles) {
+  std::vector<StateEntry> entries;
+  for (const char* key :
+       {"", ".", "..", "../up", "/etc/passwd", "a/b", ".metadata", "__0_0.distcp", "a\nb", "\xE4\xB8\x96"}) {
+    entries.push_back(replica_entry(key, {3}));
+  }
+  save(states<MemorySaveState>({entries}));
+  auto loaded = states<MemoryLoadState>({entries});
+  load(loaded);
+  EXPECT_EQ(first_difference(loaded), "");
+  for (const auto& file : std::filesystem::recursive_directory_iterator(directory_.path())) {
+    const std::string name = file.path().filename();
+    EXPECT_TRUE(name == ".metadata" || name.starts_with("__0_") || name.starts_with(".reshard-")) << name;
   }
 }
 

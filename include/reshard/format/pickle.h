@@ -142,6 +142,7 @@ class Tree {
   static Value real(double v);
   /// `digits`: two's complement, little-endian, shortest form.
   Value big_integer(ByteSpan digits);
+  /// Throws kInvalidArgument for what is no UTF-8.
   Value str(std::string_view utf8);
   Value bytes(ByteSpan data);
   Value byte_array(ByteSpan data);
