@@ -105,7 +105,7 @@ void expect_error(ErrorCode code, const std::vector<std::string>& parts, Body&& 
 }
 
 inline double max_difference(const at::Tensor& a, const at::Tensor& b) {
-  return a.numel() == 0 ? 0.0 : (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+  return a.numel() == 0 ? 0.0 : (a.cpu().to(at::kDouble) - b.cpu().to(at::kDouble)).abs().max().item<double>();
 }
 
 /// The largest difference of any parameter or buffer of a sharded model to those of `reference`. Collective.

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the library does with tensors that the host must not touch. The same bodies on real GPUs: tests/e2e, tests/fsdp.
+#include "device/mapped_device.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/api/include/torch/optim/adamw.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+
+#include "fsdp/test_model.h"
+#include "reshard/checkpoint/checkpoint.h"
+#include "reshard/fsdp/optimizer_state.h"
+#include "reshard/testing/torch_distributed_test.h"
+#include "support/temporary_directory.h"
+
+namespace reshard::device_test {
+namespace {
+
+using fsdp_test::BlockImpl;
+using fsdp_test::difference_to;
+using fsdp_test::DoublePrecision;
+using fsdp_test::LanguageModel;
+using fsdp_test::LanguageModelImpl;
+
+const c10::Device kDevice(kMapped, 1);  // not the first one: a forgotten index shows
+// Some operators take another path on the CPU than on a device (fused attention), so in double precision they agree but for rounding.
+constexpr double kTolerance = 1e-9;
+
+class MappedDeviceTest : public ::testing::Test {
+ protected:
+  void SetUp() override { register_mapped_device(); }
+};
+
+// --- the device itself: its traps close ------------------------------------------------------------------------------
+
+TEST_F(MappedDeviceTest, OperatorsGiveTheValuesOfTheCpu) {
+  const at::Tensor a = at::arange(12, at::kFloat).view({3, 4});
+  const at::Tensor b = a.to(kDevice);
+  EXPECT_EQ(b.device(), kDevice);
+  EXPECT_TRUE(at::matmul(b, b.t()).cpu().equal(at::matmul(a, a.t())));
+  EXPECT_TRUE(b.t().narrow(0, 1, 2).cpu().equal(a.t().narrow(0, 1, 2)));
+  at::Tensor c = b.clone();
+  c.slice(1, 0, 4, 2).add_(1);
+  EXPECT_TRUE(c.cpu().equal(at::arange(12, at::kFloat).view({3, 4}) + at::tensor({1.f, 0.f, 1.f, 0.f})));
+}
+
+using MappedDeviceDeathTest = MappedDeviceTest;
+
+TEST_F(MappedDeviceDeathTest, TheHostCannotReadItsMemory) {
+  ::testing::FLAGS_gtest_death_test_style = "threadsafe";
+  EXPECT_EXIT(
+      {
+        const at::Tensor t = at::ones({4}).to(kDevice);
+        const volatile float* data = t.const_data_ptr<float>();
+        std::exit(data[0] == 1.0f ? 1 : 2);
+      },
+      ::testing::KilledBySignal(SIGSEGV), "");
+}
+
+TEST_F(MappedDeviceDeathTest, MemoryInUseByAnotherStreamMustNotBeFreed) {
+  ::testing::FLAGS_gtest_death_test_style = "threadsafe";
+  EXPECT_DEATH(
+      {
+        const c10::impl::VirtualGuardImpl impl(kMapped);
+        const at::Tensor pinned = at::ones({4}).pin_memory();
+        at::Tensor t = at::zeros({4}, at::TensorOptions(kDevice));
+        {
+          const c10::StreamGuard side(impl.getNewStream(kDevice));
+          t.copy_(pinned, /*non_blocking=*/true);
+        }
+        t.reset();
+      },
+      "still had work on it");
+}
+
+TEST_F(MappedDeviceTest, AsynchronousCopiesWaitForTheirStream) {
+  const c10::DeviceGuard guard(kDevice);
+  const c10::impl::VirtualGuardImpl impl(kMapped);
+  const at::Tensor source = at::full({4}, 7.f).to(kDevice);
+  const at::Tensor host = at::zeros({4}).pin_memory();
+  const uint64_t deferred = mapped_counters().deferred_copies;
+  host.copy_(source, /*non_blocking=*/true);
+  EXPECT_EQ(mapped_counters().deferred_copies, deferred + 1);
+  EXPECT_TRUE(host.isnan().all().item<bool>()) << "read before the stream was synchronised";
+  impl.synchronizeStream(impl.getStream(kDevice));
+  EXPECT_TRUE(host.equal(at::full({4}, 7.f)));
+}
+
+TEST_F(MappedDeviceTest, StreamsWaitForEventsOnly) {
+  const c10::DeviceGuard guard(kDevice);
+  const c10::impl::VirtualGuardImpl impl(kMapped);
+  const c10::Stream side = impl.getNewStream(kDevice);
+  const at::Tensor pinned = at::full({4}, 3.f).pin_memory();
+  at::Tensor t = at::zeros({4}, at::TensorOptions(kDevice));
+  c10::Event copied(kMapped);
+  {
+    const c10::StreamGuard on_side(side);
+    t.copy_(pinned, /*non_blocking=*/true);
+    copied.record(side);
+  }
+  EXPECT_FALSE(copied.query());
+  EXPECT_TRUE(t.cpu().equal(at::zeros({4}))) << "nobody waited for the side stream";
+  copied.block(impl.getStream(kDevice));
+  EXPECT_TRUE(t.cpu().equal(at::full({4}, 3.f)));
+  EXPECT_TRUE(copied.query());
+}
+
+// --- checkpoints -----------------------------------------------------------------------------------------------------
+
+TEST_F(MappedDeviceTest, SavesAndLoadsTensorsOfEveryShape) {
+  const TemporaryDirectory directory;
+  const auto make = [](const at::Tensor& t) { return t.to(kDevice); };
+  const at::Tensor base = at::arange(24, at::kDouble).view({2, 3, 4});
+  const StateDict state{{"dense", make(base)},
+                        {"transposed", make(base).transpose(0, 2)},
+                        {"strided", make(base).slice(2, 0, 4, 2)},
+                        {"expanded", make(at::ones({1, 3})).expand({5, 3})},
+                        {"scalar", make(at::scalar_tensor(2.5))},
+                        {"empty", make(at::empty({0, 3}))},
+                        {"conjugated", make(at::complex(base, base + 1)).conj()},
+                        {"bool", make(base.gt(3))},
+                        {"step", 7},
+                        {"tuple", StateTuple{{StateValue(make(at::arange(3))), StateValue("x")}}}};
+  save(state, FileSystemWriter(directory.path()));
+
+  StateDict target;
+  for (const auto& [key, value] : state.items())
+    target[key] = value.is<at::Tensor>()
+                      ? StateValue(at::zeros_like(value.as<at::Tensor>(), at::MemoryFormat::Contiguous))
+                      : StateValue(None{});
+  load(target, FileSystemReader(directory.path()));
+  for (const auto& [key, value] : state.items()) {
+    if (!value.is<at::Tensor>()) continue;
+    const at::Tensor& loaded = target.at(key).as<at::Tensor>();
+    EXPECT_EQ(loaded.device(), kDevice) << key;
+    EXPECT_TRUE(loaded.cpu().equal(value.as<at::Tensor>().cpu().resolve_conj())) << key;
+  }
+  EXPECT_EQ(target.at("step").as<int64_t>(), 7);
+
+  // Into views that are not contiguous, and of another dtype.
+  at::Tensor wide = at::zeros({4, 3, 2, 2}, at::TensorOptions(kDevice).dtype(at::kFloat));
+  StateDict other{{"dense", wide.select(3, 1).transpose(0, 2)}};
+  load(other, FileSystemReader(directory.path()), {.allow_cast = true});
+  EXPECT_TRUE(wide.select(3, 1).transpose(0, 2).cpu().equal(base.to(at::kFloat)));
+  EXPECT_TRUE(wide.select(3, 0).cpu().equal(at::zeros({4, 3, 2})));
+}
+
+// --- sharded training ------------------------------------------------------------------------------------------------
+
+class MappedDeviceFixture : public TorchDistributedTest {
+ protected:
+  /// All ranks, with a backend for mapped tensors beside gloo.
+  std::shared_ptr<ProcessGroup> group() {
+    register_mapped_device();
+    const auto world = process_group();
+    if (!group_) {
+      const auto gloo = c10::intrusive_ptr<c10d::Backend>::unsafe_reclaim_from_nonowning(&world->backend(c10::kCPU));
+      group_ = std::make_shared<ProcessGroup>(
+          "mapped", world->rank(), world->ranks(), c10::make_intrusive<c10d::PrefixStore>("mapped", world->store()),
+          ProcessGroup::BackendMap{{c10::kCPU, gloo}, {kMapped, make_mapped_backend(gloo)}}, world->timeout());
+    }
+    return group_;
+  }
+  void tear_down_rank() override {
+    group_.reset();
+    TorchDistributedTest::tear_down_rank();
+  }
+
+  FullyShardedDataParallel<LanguageModel> build(uint64_t seed, c10::Device device, FsdpOptions options = {}) {
+    at::manual_seed(seed);
+    options.process_group = group();
+    options.device = device;
+    options.wrap_policy = wrap_by_type<BlockImpl>();
+    options.poison_freed = true;
+    return FullyShardedDataParallel(on_meta([] { return LanguageModel(); }), options);
+  }
+  static std::unique_ptr<torch::optim::AdamW> make_optimizer(const ShardedModule& model) {
+    return std::make_unique<torch::optim::AdamW>(model.parameters(), torch::optim::AdamWOptions(3e-3).eps(1e-3));
+  }
+  double train(FullyShardedDataParallel<LanguageModel>& model, torch::optim::Optimizer& optimizer, c10::Device device,
+               int64_t step) {
+    at::manual_seed(100 + static_cast<uint64_t>(step));
+    const at::Tensor tokens = at::randint(LanguageModelImpl::kVocabulary, {12, LanguageModelImpl::kLength}, at::kLong);
+    const int64_t rows = 12 / world_size();
+    optimizer.zero_grad();
+    at::Tensor loss = model(tokens.slice(0, rank() * rows, (rank() + 1) * rows).to(device));
+    loss.backward();
+    EXPECT_EQ(model.memory_stats().unsharded_bytes, 0u);
+    model.clip_grad_norm(1.0);
+    optimizer.step();
+    return loss.item<double>();
+  }
+
+ private:
+  std::shared_ptr<ProcessGroup> group_;
+};
+
+RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, TrainsAsOnTheCpu, .ranks = 2) {
+  const DoublePrecision in_double;
+  for (const ShardLayout layout : {ShardLayout::kFlat, ShardLayout::kDim0Chunks}) {
+    auto on_cpu = build(5, c10::kCPU, {.layout = layout});
+    auto on_device = build(5, kDevice, {.sync_module_states = true, .layout = layout});
+    const auto cpu_optimizer = make_optimizer(on_cpu), device_optimizer = make_optimizer(on_device);
+    for (int64_t step = 0; step < 5; ++step) {
+      const double wanted = train(on_cpu, *cpu_optimizer, c10::kCPU, step);
+      EXPECT_NEAR(train(on_device, *device_optimizer, kDevice, step), wanted, kTolerance) << "step " << step;
+    }
+    for (const at::Tensor& slice : on_device.parameters()) EXPECT_EQ(slice.device(), kDevice);
+    const SummonFullParams full(on_cpu);
+    EXPECT_LT(difference_to(on_device, *on_device.module(), *on_cpu.module()), kTolerance);
+  }
+}
+
+// What is saved from the device goes on on the CPU, and the other way round, moments of the optimizer included.
+RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, CheckpointsMoveBetweenDevices, .ranks = 2) {
+  const DoublePrecision in_double;
+  const auto round_trip = [&](c10::Device from, c10::Device to, const std::string& name) {
+    const std::string directory = (temp_dir() / name).string();
+    auto model = build(5, from);
+    const auto optimizer = make_optimizer(model);
+    for (int64_t step = 0; step < 2; ++step) train(model, *optimizer, from, step);
+    const uint64_t sent = model.process_group().traffic().bytes;
+    const StateDict state{{"model", model.state_dict(StateDictType::kSharded)},
+                          {"optim", optimizer_state_dict(*optimizer, model)}};
+    EXPECT_EQ(model.process_group().traffic().bytes, sent) << "a sharded state dict sends nothing";
+    save(state, FileSystemWriter(directory), {.process_group = process_group()});
+
+    auto other = build(6, to);
+    const auto other_optimizer = make_optimizer(other);
+    StateDict target{{"model", other.state_dict(StateDictType::kSharded)},
+                     {"optim", optimizer_state_dict(*other_optimizer, other)}};
+    load(target, FileSystemReader(directory), {.process_group = process_group()});
+    other.load_state_dict(target.at("model"));
+    load_optimizer_state_dict(*other_optimizer, other, target.at("optim"));
+    {
+      const SummonFullParams full(model);
+      EXPECT_EQ(difference_to(other, *other.module(), *model.module()), 0.0) << name;
+    }
+    for (int64_t step = 2; step < 4; ++step) {
+      const double wanted = train(model, *optimizer, from, step);
+      const double found = train(other, *other_optimizer, to, step);
+      EXPECT_NEAR(found, wanted, from == to ? 0.0 : kTolerance) << name << ", step " << step;
+    }
+  };
+  round_trip(kDevice, c10::kCPU, "to-cpu");
+  round_trip(c10::kCPU, kDevice, "to-device");
+  round_trip(kDevice, kDevice, "on-device");
+}
+
+RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, FullStateDictAndWriteBack, .ranks = 2) {
+  auto model = build(5, kDevice);
+  {
+    const at::NoGradGuard no_grad;
+    const SummonFullParams full(model, {.writeback = true});
+    model.module()->norm->weight.fill_(0.5);
+  }
+  const StateDict full = model.state_dict(StateDictType::kFull);
+  const at::Tensor weight = full.at("norm.weight").as<at::Tensor>();
+  EXPECT_EQ(weight.device(), kDevice);
+  EXPECT_TRUE(weight.cpu().equal(at::full({LanguageModelImpl::kWidth}, 0.5f)));
+
+  auto other = build(6, kDevice);
+  other.load_state_dict(full);
+  const SummonFullParams a(model), b(other);
+  for (const auto& item : model.module()->named_parameters())
+    EXPECT_TRUE(item.value().cpu().equal(other.module()->named_parameters()[item.key()].cpu())) << item.key();
+}
+
+// Everything that was allocated is freed: no unit, shard, or buffer stays behind.
+RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, LeavesNoDeviceMemory, .ranks = 2) {
+  group();
+  const uint64_t before = mapped_counters().live_bytes;
+  {
+    auto model = build(5, kDevice);
+    const auto optimizer = make_optimizer(model);
+    train(model, *optimizer, kDevice, 0);
+    EXPECT_GT(mapped_counters().live_bytes, before);
+  }
+  EXPECT_EQ(mapped_counters().live_bytes, before);
+}
+
+}  // namespace
+}  // namespace reshard::device_test
