@@ -14,6 +14,7 @@
 namespace reshard {
 namespace {
 
+using pickle::describe;
 using pickle::Kind;
 using pickle::Op;
 using pickle::Value;
@@ -30,20 +31,14 @@ constexpr size_t kMaxTransforms = 16;
 
 // What a stream shares is copied here, so a small file could ask for a lot of memory. Names of some thousand characters stay far below this.
 constexpr uint64_t kMaxCopiedPerByte = 256;
-constexpr uint64_t kFreelyCopied = 16 << 20;
+// Text that the encoder writes again each time rather than refer to it, so that no catalogue of ours comes near that.
+constexpr size_t kLongText = 1024;
 
 // --- decoding --------------------------------------------------------------------------------------------------------
 
 [[noreturn]] void corrupt(const std::string& message, std::string wanted = {}, std::string found = {}) {
   throw Error(ErrorCode::kCorruptData, "metadata: " + message,
               {.wanted = std::move(wanted), .found = std::move(found)});
-}
-
-std::string describe(const Value& value) {
-  const Value* callable = &value;
-  if (value.kind() == Kind::kObject) callable = &value.as_object().callable;
-  if (callable->kind() != Kind::kGlobal) return std::string(to_string(value.kind()));
-  return std::string(callable->as_global().module) + "." + std::string(callable->as_global().name);
 }
 
 // A class or function known by one or two names. Globals are shared in any real stream, so the last match is
@@ -75,17 +70,18 @@ class Known {
 
 class Decoder {
  public:
-  explicit Decoder(size_t file_size) : copies_left_(kFreelyCopied + kMaxCopiedPerByte * file_size) {}
+  explicit Decoder(size_t file_size) : copies_left_(kMaxCopiedPerByte * (file_size + 1)) {}
 
   Metadata decode(const Value& root) {
     const auto state = attributes(metadata_, root);
     Metadata result;
     const auto entries = required(state, "state_dict_metadata").entries();
     result.state_dict_metadata.reserve(entries.size());
-    for (const auto& [key, value] : entries) {
-      std::string fqn = text(key);
+    for (const pickle::Entry& entry : entries) {
+      const std::string fqn = text(entry.key);
       at_key(fqn, [&] {
-        if (!result.state_dict_metadata.insert(fqn, storage_metadata(value))) corrupt("key is there twice");
+        if (!result.state_dict_metadata.insert(fqn, storage_metadata(entry.value, fqn.size())))
+          corrupt("key is there twice");
       });
     }
     if (const Value* planner = find(state, "planner_data")) result.planner_data = planner_data(*planner);
@@ -176,7 +172,7 @@ class Decoder {
     return dims;
   }
 
-  StorageMetadata storage_metadata(const Value& value) {
+  StorageMetadata storage_metadata(const Value& value, size_t fqn_size) {
     if (bytes_.made(value)) return BytesStorageMetadata{};
     if (!tensor_.made(value))
       throw Error(ErrorCode::kUnsupported, "metadata: entry of an unknown class", {.found = describe(value)});
@@ -186,7 +182,7 @@ class Decoder {
     tensor.size = size(required(state, "size"));
     const Value& chunks = required(state, "chunks");
     if (chunks.kind() != Kind::kList && chunks.kind() != Kind::kTuple) corrupt("chunks", "list", describe(chunks));
-    spend(chunks.items().size() * sizeof(ChunkStorageMetadata));
+    spend(chunks.items().size() * (sizeof(ChunkStorageMetadata) + fqn_size));  // each is looked up under the name
     tensor.chunks.reserve(chunks.items().size());
     for (const Value& chunk : chunks.items()) {
       const auto box = attributes(chunk_, chunk);
@@ -301,6 +297,7 @@ class Decoder {
     meta.save_id = optional_text("save_id");
     meta.load_id = optional_text("load_id");
     if (const Value* modules = find(state, "modules"); modules != nullptr && modules->kind() == Kind::kList) {
+      spend(modules->items().size() * sizeof(std::string));
       for (const Value& name : modules->items()) {
         if (name.kind() == Kind::kStr) meta.modules.push_back(text(name));
       }
@@ -442,6 +439,7 @@ class Encoder {
 
   // Text that the catalogue owns or a literal: it outlives the encoder.
   void str(std::string_view text) {
+    if (text.size() > kLongText) return raw_str(text);
     const auto [it, is_new] = strings_.try_emplace(text, memo_);
     if (!is_new) return recall(it->second);
     raw_str(text);
@@ -630,7 +628,8 @@ class Encoder {
 }  // namespace
 
 Metadata decode_metadata(ByteSpan file) {
-  Metadata metadata = Decoder(file.size()).decode(pickle::parse(file).root());
+  const pickle::Tree tree = pickle::parse(file);
+  Metadata metadata = Decoder(file.size()).decode(tree.root());
   validate(metadata);
   return metadata;
 }

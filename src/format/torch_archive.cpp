@@ -15,6 +15,7 @@
 namespace reshard {
 namespace {
 
+using pickle::describe;
 using pickle::Kind;
 using pickle::Op;
 using pickle::Value;
@@ -419,11 +420,6 @@ namespace {
   throw Error(ErrorCode::kUnsupported, "tensor: " + message);
 }
 
-std::string name_of(const Value& callable) {
-  if (callable.kind() != Kind::kGlobal) return std::string(to_string(callable.kind()));
-  return std::string(callable.as_global().module) + "." + std::string(callable.as_global().name);
-}
-
 Dims dims_of(const Value& value, const char* what) {
   const auto items = value.items();
   if (value.kind() != Kind::kTuple) corrupt(std::string(what) + " are no tuple");
@@ -453,7 +449,7 @@ std::optional<TensorItem> tensor_from_value(const Value& value, const FindStorag
   const pickle::Global& function = object.callable.as_global();
   const auto args = object.args.items();
   if (object.callable.is_global("torch._utils", "_rebuild_parameter")) {
-    if (args.size() != 3 || args[0].kind() != Kind::kObject) corrupt("arguments of " + name_of(object.callable));
+    if (args.size() != 3 || args[0].kind() != Kind::kObject) corrupt("arguments of " + describe(object.callable));
     if (args[0].as_object().callable.is_global("torch._utils", "_rebuild_parameter"))
       corrupt("a parameter of a parameter");
     auto item = tensor_from_value(args[0], find_storage);
@@ -465,12 +461,12 @@ std::optional<TensorItem> tensor_from_value(const Value& value, const FindStorag
   if (!v2 && !v3) {
     if ((function.module == "torch._utils" || function.module == "torch._tensor") &&
         function.name.starts_with("_rebuild"))
-      unsupported(name_of(object.callable) + " is not read");
+      unsupported(describe(object.callable) + " is not read");
     return std::nullopt;
   }
   const size_t fixed = v2 ? 6 : 7;
   if (args.size() != fixed && args.size() != fixed + 1)
-    corrupt("number of arguments of " + name_of(object.callable), std::to_string(fixed), std::to_string(args.size()));
+    corrupt("number of arguments of " + describe(object.callable), std::to_string(fixed), std::to_string(args.size()));
 
   TensorItem item;
   const auto id = args[0].persistent_id().items();
@@ -479,13 +475,13 @@ std::optional<TensorItem> tensor_from_value(const Value& value, const FindStorag
   if (v3) {
     const pickle::Global& dtype = args[6].as_global();
     const auto known = dtype.module == "torch" ? dtype_from_string(dtype.name) : std::nullopt;
-    if (!known) unsupported("unknown dtype " + name_of(args[6]));
+    if (!known) unsupported("unknown dtype " + describe(args[6]));
     item.dtype = *known;
     if (storage_type.name != "UntypedStorage")
       corrupt("storage class", "UntypedStorage", std::string(storage_type.name));
   } else {
     const auto* known = std::ranges::find(kStorageClasses, storage_type.name, &StorageClass::name);
-    if (known == std::end(kStorageClasses)) unsupported("unknown storage class " + name_of(id[1]));
+    if (known == std::end(kStorageClasses)) unsupported("unknown storage class " + describe(id[1]));
     item.dtype = known->dtype;
   }
   const int64_t width = element_size(item.dtype);
@@ -574,8 +570,7 @@ TensorItem read_tensor_item(const ByteSource& source) {
   });
   if (!item) {
     const Value& root = tree.root();
-    corrupt("item holds another value", "a tensor",
-            root.kind() == Kind::kObject ? name_of(root.as_object().callable) : std::string(to_string(root.kind())));
+    corrupt("item holds another value", "a tensor", describe(root));
   }
   check_small_records(archive);
   return *item;

@@ -372,6 +372,10 @@ ByteSpan Reader::view(uint64_t offset, uint64_t size) {
     if (offset >= begin && size <= data.size() && offset - begin <= data.size() - size)
       return ByteSpan(data).subspan(offset - begin, size);
   }
+  // The first ones are the archive's two ends. Of the others the oldest goes: the time that many records take is in
+  // proportion to them.
+  constexpr size_t kMaxWindows = 16;
+  if (windows_.size() == kMaxWindows) windows_.erase(windows_.begin() + kMaxWindows / 2);
   Bytes data(size);
   source_.read(offset, data);
   return windows_.emplace_back(offset, std::move(data)).second;

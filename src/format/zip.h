@@ -78,6 +78,7 @@ class Reader {
   [[noreturn]] static void fail(const std::string& message, uint64_t offset);
 
  private:
+  // Valid for some calls of it.
   ByteSpan view(uint64_t offset, uint64_t size);
   uint64_t find_end(uint64_t& window);
   void read_directory(uint64_t position, uint64_t size, uint64_t count);

@@ -276,7 +276,7 @@ SavePlan DefaultSavePlanner::create_local_plan() {
       continue;
     }
     const auto& tensor = std::get<TensorEntry>(value);
-    const auto add_chunk = [&](const Box& chunk, size_t c) {
+    const auto add_chunk = [&, &fqn = fqn](const Box& chunk, size_t c) {
       WriteItem item;
       item.index = {fqn, chunk.offsets, {}};
       item.type = tensor.sharded ? WriteItemType::kShard : WriteItemType::kTensor;
@@ -393,7 +393,7 @@ void validate_global_plan(const Metadata& metadata, const std::vector<SavePlan>&
     const auto error =
         with_error_context({.key = fqn}, [&] { return check_exact_tiling(tensor->size, tensor->chunks); });
     if (!error) continue;
-    const auto chunk = [&](size_t i) {
+    const auto chunk = [&, &fqn = fqn](size_t i) {
       return to_string(tensor->chunks[i]) + " of " + rank_of(plans, fqn, tensor->chunks[i]);
     };
     ErrorContext context{.key = fqn};

@@ -64,8 +64,8 @@ class Verifier {
     report_.items = metadata_.storage_data.size();
     report_.files = files_.size();
     guard({}, [&] { read_sidecars(); });
-    for (auto& [path, items] : files_) {
-      guard({.key = items.front().index->fqn, .file = path}, [&] { check_file(path, items); });
+    for (auto& file : files_) {
+      guard({.key = file.second.front().index->fqn, .file = file.first}, [&] { check_file(file.first, file.second); });
     }
     check_sidecar_items();
     guard({}, [&] { note_other_files(); });

@@ -7,6 +7,7 @@
 #include <functional>
 #include <set>
 
+#include "format/catalogue_builder.h"
 #include "reshard/format/pickle.h"
 #include "support/expect_error.h"
 #include "support/oracle.h"
@@ -132,109 +133,6 @@ TEST(EncodeMetadataTest, NumbersThatPythonWouldReadAsNegativeAreRefused) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "overflows", encode_metadata(m));
 }
 
-// A catalogue of one tensor "w" (float32, [4], two chunks) and one value "v", every part of which can be replaced before it is written.
-class CatalogueBuilder {
- public:
-  static constexpr const char* kModule = "torch.distributed.checkpoint.metadata";
-  static constexpr const char* kOldModule = "torch.distributed._shard.sharded_tensor.metadata";
-  static constexpr const char* kFileModule = "torch.distributed.checkpoint.filesystem";
-
-  Tree tree;
-  std::string properties_module = kModule, memory_format_name = "_MEM_FORMAT_ENCODING";
-  Value dtype = tree.global("torch", "float32");
-  Value layout = call("torch.serialization", "_get_layout", {tree.str("torch.strided")});
-  Value memory_format_number = Tree::integer(0);
-  std::vector<Value> more_properties;
-  Value size = dims({4});
-  std::vector<Entry> first_chunk = {{tree.str("offsets"), dims({0})}, {tree.str("sizes"), dims({2})}};
-  std::vector<Entry> first_index = {
-      {tree.str("fqn"), tree.str("w")}, {tree.str("index"), Tree::integer(0)}, {tree.str("offset"), dims({0})}};
-  std::vector<Entry> first_info = {{tree.str("relative_path"), tree.str("__0_0.distcp")},
-                                   {tree.str("offset"), Tree::integer(0)},
-                                   {tree.str("length"), Tree::integer(1577)}};
-  std::vector<Value> more_chunks;
-  std::vector<Entry> more_entries;  // of state_dict_metadata
-  std::vector<Entry> more_storage;
-  std::vector<Entry> more_attributes;
-  Value planner_data = tree.dict({{tree.str("w"), tree.tuple({tree.str("w")})}});
-  Value v_class;  // None: BytesStorageMetadata
-
-  Value call(const std::string& module, const std::string& name, std::vector<Value> args,
-             pickle::Object::Made made = pickle::Object::Made::kReduce) {
-    pickle::Object object;
-    object.made = made;
-    object.callable = tree.global(module, name);
-    object.args = tree.tuple(args);
-    return tree.object(object);
-  }
-  Value make(const std::string& module, const std::string& name, const Value& state) {
-    pickle::Object object;
-    object.made = pickle::Object::Made::kNewObj;
-    object.callable = tree.global(module, name);
-    object.args = tree.tuple({});
-    object.has_state = !state.is_none();
-    object.state = state;
-    return tree.object(object);
-  }
-  Value dims(std::vector<int64_t> values) {
-    std::vector<Value> items;
-    for (const int64_t v : values) items.push_back(Tree::integer(v));
-    return call("torch", "Size", {tree.tuple(items)});
-  }
-  Value index(const std::string& fqn, std::optional<std::vector<int64_t>> offset) {
-    std::vector<Entry> state = {{tree.str("fqn"), tree.str(fqn)}};
-    if (offset) state.push_back({tree.str("offset"), dims(*offset)});
-    return make(kModule, "MetadataIndex", tree.dict(state));
-  }
-  Value info(const std::string& path, int64_t offset) {
-    return make(kFileModule, "_StorageInfo",
-                tree.dict({{tree.str("relative_path"), tree.str(path)},
-                           {tree.str("offset"), Tree::integer(offset)},
-                           {tree.str("length"), Tree::integer(1577)}}));
-  }
-  Value tensor() {
-    std::vector<Value> properties = {dtype, layout, Tree::boolean(false),
-                                     call(properties_module, memory_format_name, {memory_format_number}),
-                                     Tree::boolean(false)};
-    properties.insert(properties.end(), more_properties.begin(), more_properties.end());
-    const Value second = make(kModule, "ChunkStorageMetadata",
-                              tree.dict({{tree.str("offsets"), dims({2})}, {tree.str("sizes"), dims({2})}}));
-    std::vector<Value> chunks = {make(kModule, "ChunkStorageMetadata", tree.dict(first_chunk)), second};
-    chunks.insert(chunks.end(), more_chunks.begin(), more_chunks.end());
-    return make(
-        kModule, "TensorStorageMetadata",
-        tree.dict({{tree.str("properties"), make(properties_module, "TensorProperties", tree.tuple(properties))},
-                   {tree.str("size"), size},
-                   {tree.str("chunks"), tree.list(chunks)}}));
-  }
-  Value metadata() {
-    std::vector<Entry> entries = {
-        {tree.str("w"), tensor()},
-        {tree.str("v"), v_class.is_none() ? make(kModule, "BytesStorageMetadata", {}) : v_class}};
-    entries.insert(entries.end(), more_entries.begin(), more_entries.end());
-    std::vector<Entry> storage = {{make(kModule, "MetadataIndex", tree.dict(first_index)),
-                                   make(kFileModule, "_StorageInfo", tree.dict(first_info))},
-                                  {index("w", {{2}}), info("__1_0.distcp", 0)},
-                                  {index("v", {}), info("__0_0.distcp", 1577)}};
-    storage.insert(storage.end(), more_storage.begin(), more_storage.end());
-    std::vector<Entry> state = {{tree.str("state_dict_metadata"), tree.dict(entries)},
-                                {tree.str("planner_data"), planner_data},
-                                {tree.str("storage_data"), tree.dict(storage)}};
-    state.insert(state.end(), more_attributes.begin(), more_attributes.end());
-    return make(kModule, "Metadata", tree.dict(state));
-  }
-  Metadata decode() { return decode_metadata(pickle::write(metadata())); }
-};
-
-void replace(std::vector<Entry>& state, std::string_view name, const Value& value) {
-  for (Entry& entry : state) {
-    if (entry.key.as_str() == name) entry.value = value;
-  }
-}
-void drop(std::vector<Entry>& state, std::string_view name) {
-  std::erase_if(state, [&](const Entry& entry) { return entry.key.as_str() == name; });
-}
-
 TEST(DecodeMetadataTest, WithoutOptionalPartsAsBefore24) {
   CatalogueBuilder b;
   const Metadata m = b.decode();
@@ -269,7 +167,7 @@ TEST(DecodeMetadataTest, SizesMayBePlainTuplesAndHintsMayBeMissing) {
 
 TEST(DecodeMetadataTest, UnknownAttributesAndForeignPlannersArePassedOver) {
   CatalogueBuilder b;
-  b.more_attributes = {{b.tree.str("surprise"), b.call("os", "system", {b.tree.str("true")})}};
+  b.more_attributes = {{b.tree.str("surprise"), b.call("their", "factory", {b.tree.str("true")})}};
   b.first_chunk.push_back({b.tree.str("extra"), Tree::integer(1)});
   b.first_info.push_back({b.tree.str("transform_descriptors"), Tree::none()});
   EXPECT_TRUE(b.decode().planner_data);
@@ -340,11 +238,11 @@ TEST(DecodeMetadataTest, BrokenPartsAreNamed) {
   refuse(kCorrupt, "5 or 6 fields", [](auto& b) { b.more_properties = {Tree::none(), Tree::none()}; });
   refuse(kCorrupt, "memory format", [](auto& b) { b.memory_format_number = Tree::integer(3); });
   refuse(kCorrupt, "wanted int, found bool", [](auto& b) { b.memory_format_number = Tree::boolean(false); });
-  refuse(kCorrupt, "wanted _get_layout, found os.system",
-         [](auto& b) { b.layout = b.call("os", "system", {b.tree.str("torch.strided")}); });
+  refuse(kCorrupt, "wanted _get_layout, found their.layout",
+         [](auto& b) { b.layout = b.call("their", "layout", {b.tree.str("torch.strided")}); });
   refuse(kCorrupt, "wanted torch.Size, found list", [](auto& b) { b.size = b.tree.list({Tree::integer(4)}); });
-  refuse(kCorrupt, "wanted Size, found os.system",
-         [](auto& b) { b.size = b.call("os", "system", {b.tree.tuple({})}); });
+  refuse(kCorrupt, "wanted Size, found their.Size",
+         [](auto& b) { b.size = b.call("their", "Size", {b.tree.tuple({})}); });
   refuse(kCorrupt, "wanted int, found bool", [](auto& b) { b.size = b.tree.tuple({Tree::boolean(true)}); });
   refuse(kCorrupt, "too many dimensions", [](auto& b) { b.size = b.dims(std::vector<int64_t>(65, 1)); });
   refuse(kCorrupt, "negative size", [](auto& b) { b.size = b.dims({-4}); });

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every truncation and every changed byte of small files: the answer is a value or a named error, never anything else. Worth most under
-// -DRESHARD_SANITIZE=address,undefined.
+// Hostile bytes. Every truncation and every changed byte of small files: the answer is a value or a named error, never anything else
+// (worth most under -DRESHARD_SANITIZE=address,undefined). Then what damage does not hit upon: a few bytes that unfold to
+// gigabytes, calls, numbers that are none.
 
 #include <gtest/gtest.h>
 
+#include <array>
+#include <limits>
 #include <random>
 
+#include "format/catalogue_builder.h"
 #include "reshard/format/crc32.h"
 #include "reshard/format/dcp_metadata.h"
 #include "reshard/format/strided_copy.h"
 #include "reshard/format/torch_archive.h"
+#include "support/expect_error.h"
 #include "support/oracle.h"
 
 namespace reshard {
@@ -199,6 +204,178 @@ TEST(HostilePickleTest, RandomOpcodes) {
     damage.random_changes(bytes, 1, static_cast<uint32_t>(round));
   }
   EXPECT_GT(damage.read(), 100u);
+}
+
+// --- a few bytes that unfold ------------------------------------------------------------------------------------------
+// A stream says a thing once and refers to it for two bytes a time. Each of these is under 200 KB and would take gigabytes.
+
+constexpr const char* kUnfolds = "far more memory than the file";
+
+void expect_unfolding_is_refused(const std::function<void(CatalogueBuilder&)>& edit) {
+  CatalogueBuilder b;
+  edit(b);
+  const Bytes file = b.encode();
+  EXPECT_LT(file.size(), 200'000u);
+  EXPECT_ERROR(ErrorCode::kCorruptData, kUnfolds, decode_metadata(file));
+}
+
+TEST(UnfoldingCatalogueTest, ManyChunksUnderOneLongName) {
+  // Each chunk is looked up under the name: this costs time, not memory.
+  expect_unfolding_is_refused([](CatalogueBuilder& b) {
+    const auto chunk = b.make(CatalogueBuilder::kModule, "ChunkStorageMetadata",
+                              b.tree.dict({{b.tree.str("offsets"), b.dims({0})}, {b.tree.str("sizes"), b.dims({0})}}));
+    const auto tensor = b.tensor().as_object().state.entries();
+    const auto state = b.tree.dict(
+        {tensor[0], tensor[1], {b.tree.str("chunks"), b.tree.list(std::vector<pickle::Value>(30'000, chunk))}});
+    b.more_entries.push_back(
+        {b.tree.str(std::string(60'000, 'n')), b.make(CatalogueBuilder::kModule, "TensorStorageMetadata", state)});
+  });
+}
+
+TEST(UnfoldingCatalogueTest, OneLongLayout) {
+  expect_unfolding_is_refused([](CatalogueBuilder& b) {
+    b.layout = b.call("torch.serialization", "_get_layout", {b.tree.str(std::string(60'000, 'l'))});
+    const auto entry = b.tensor();
+    for (int i = 0; i < 5000; ++i) b.more_entries.push_back({b.tree.str("k" + std::to_string(i)), entry});
+  });
+}
+
+TEST(UnfoldingCatalogueTest, OneLongModuleName) {
+  expect_unfolding_is_refused([](CatalogueBuilder& b) {
+    const auto modules = b.tree.list(std::vector<pickle::Value>(2000, b.tree.str(std::string(60'000, 'm'))));
+    b.more_attributes = {{b.tree.str("storage_meta"), b.make(CatalogueBuilder::kModule, "StorageMeta",
+                                                             b.tree.dict({{b.tree.str("modules"), modules}}))}};
+  });
+}
+
+TEST(UnfoldingCatalogueTest, OneLongNameOfATransform) {
+  expect_unfolding_is_refused([](CatalogueBuilder& b) {
+    const auto names = b.tree.list(std::vector<pickle::Value>(16, b.tree.str(std::string(60'000, 't'))));
+    b.first_info.push_back({b.tree.str("transform_descriptors"), names});
+    const auto info = b.make(CatalogueBuilder::kFileModule, "_StorageInfo", b.tree.dict(b.first_info));
+    for (int64_t i = 0; i < 500; ++i) b.more_storage.push_back({b.index("w", {{i + 100}}), info});
+  });
+}
+
+TEST(UnfoldingCatalogueTest, LongNamesOfOurOwnAreReadBack) {
+  Metadata metadata;
+  TensorStorageMetadata tensor{{}, {1000}, {}};
+  const std::string fqn(50'000, 'n');
+  for (int64_t i = 0; i < 1000; ++i) {
+    tensor.chunks.push_back({{i}, {1}});
+    metadata.storage_data.insert({fqn, Dims{i}, i}, {std::string(1024, 'p'), static_cast<uint64_t>(i), 1, {}});
+  }
+  metadata.state_dict_metadata.insert(fqn, tensor);
+  EXPECT_EQ(decode_metadata(encode_metadata(metadata)), metadata);
+}
+
+TEST(UnfoldingPickleTest, ClassesReferToTheirNames) {
+  // 3000 classes of one long name: were each to hold a copy, 6 GB.
+  std::string text = "\x80\x04(X";
+  const uint32_t length = 1'000'000;
+  text.append(reinterpret_cast<const char*>(&length), 4).append(length, 'n').append("\x94");
+  for (int i = 0; i < 3000; ++i) text.append(std::string_view("h\0h\0\x93", 5));
+  text += "t.";
+  const pickle::Tree tree = pickle::parse(as_bytes(text));
+  const auto items = tree.root().items();
+  ASSERT_EQ(items.size(), 3001u);
+  EXPECT_EQ(items[3000].as_global().name.data(), items[0].as_str().data());
+  EXPECT_LT(pickle::describe(items[3000]).size(), 500u);  // in a message
+}
+
+// --- code -------------------------------------------------------------------------------------------------------------
+
+TEST(HostilePickleTest, WhatWouldRunCodeIsRefusedByName) {
+  const std::pair<const char*, const char*> functions[] = {{"os", "system"},
+                                                           {"posix", "system"},
+                                                           {"nt", "system"},
+                                                           {"builtins", "eval"},
+                                                           {"__builtin__", "eval"},
+                                                           {"builtins", "exec"},
+                                                           {"builtins", "open"},
+                                                           {"builtins", "getattr"},
+                                                           {"subprocess", "Popen"},
+                                                           {"runpy", "run_path"},
+                                                           {"importlib", "import_module"},
+                                                           {"importlib.util", "spec_from_file_location"},
+                                                           {"os.path", "join"},
+                                                           {"builtins", "__import__"}};
+  for (const auto& [module, name] : functions) {
+    const std::string full = std::string(module) + "." + name;
+    for (const auto made : {pickle::Object::Made::kReduce, pickle::Object::Made::kNewObj}) {
+      CatalogueBuilder b;
+      const auto call = b.call(module, name, {b.tree.str("true")}, made);
+      const Bytes stream = pickle::write(call);
+      EXPECT_ERROR(ErrorCode::kUnsupported, "calls " + full, pickle::parse(stream));
+      // Where the catalogue does not look, too: PyTorch would run it.
+      b.more_attributes = {{b.tree.str("more"), b.tree.list({call})}};
+      EXPECT_ERROR(ErrorCode::kUnsupported, "calls " + full, b.decode());
+      const Bytes archive = encode_value_archive(call);
+      EXPECT_ERROR(ErrorCode::kUnsupported, "calls " + full, decode_value_archive(MemorySource(archive)));
+      EXPECT_ERROR(ErrorCode::kUnsupported, "calls " + full, read_tensor_item(MemorySource(archive)));
+    }
+    std::string keywords = "\x80\x02";
+    keywords.append("c").append(module).append("\n").append(name).append("\n)}\x92.");
+    EXPECT_ERROR(ErrorCode::kUnsupported, "calls " + full, pickle::parse(as_bytes(keywords)));
+  }
+  // Naming is not calling, and builtins make harmless values.
+  pickle::parse(as_bytes("cos\nsystem\n."));
+  pickle::parse(as_bytes("cbuiltins\nset\n)R."));
+}
+
+TEST(HostilePickleTest, AnyCallInPlaceOfAValueOfTheCatalogueIsRefusedByName) {
+  const auto refuse = [](const std::function<void(CatalogueBuilder&, const pickle::Value&)>& edit,
+                         ErrorCode code = ErrorCode::kCorruptData) {
+    CatalogueBuilder b;
+    edit(b, b.call("their.module", "function", {b.tree.str("argument")}));
+    EXPECT_ERROR(code, "found their.module.function", b.decode());
+  };
+  refuse([](auto& b, auto& call) { b.dtype = call; });
+  refuse([](auto& b, auto& call) { b.layout = call; });
+  refuse([](auto& b, auto& call) { b.memory_format_number = call; });
+  refuse([](auto& b, auto& call) { b.size = call; });
+  refuse([](auto& b, auto& call) { b.size = b.tree.tuple({call}); });
+  refuse([](auto& b, auto& call) { replace(b.first_chunk, "offsets", call); });
+  refuse([](auto& b, auto& call) { replace(b.first_chunk, "sizes", call); });
+  refuse([](auto& b, auto& call) { replace(b.first_index, "fqn", call); });
+  refuse([](auto& b, auto& call) { replace(b.first_index, "offset", call); });
+  refuse([](auto& b, auto& call) { replace(b.first_index, "index", call); });
+  refuse([](auto& b, auto& call) { replace(b.first_info, "relative_path", call); });
+  refuse([](auto& b, auto& call) { replace(b.first_info, "offset", call); });
+  refuse([](auto& b, auto& call) { replace(b.first_info, "length", call); });
+  refuse([](auto& b, auto& call) { b.first_info.push_back({b.tree.str("transform_descriptors"), call}); });
+  refuse([](auto& b, auto& call) { b.more_entries = {{call, b.tensor()}}; });
+  refuse([](auto& b, auto& call) { b.more_storage = {{call, b.info("f", 0)}}; });
+  refuse([](auto& b, auto& call) { b.more_storage = {{b.index("x", {}), call}}; });
+  refuse([](auto& b, auto& call) { b.more_attributes = {{b.tree.str("version"), call}}; });
+  refuse([](auto& b, auto& call) { b.more_attributes = {{b.tree.str("storage_meta"), call}}; });
+  refuse([](auto& b, auto& call) { b.more_attributes = {{b.tree.str("reshard_sidecars"), call}}; });
+  refuse([](auto& b, auto& call) { b.v_class = call; }, ErrorCode::kUnsupported);
+}
+
+TEST(HostileMetadataTest, NumbersThatAreNoIntegers) {
+  const auto refuse = [](const char* found, const pickle::Value& number) {
+    CatalogueBuilder b;
+    const auto one = [&](auto&& edit) {
+      CatalogueBuilder fresh;
+      edit(fresh);
+      EXPECT_ERROR(ErrorCode::kCorruptData, std::string("wanted int, found ") + found, fresh.decode());
+    };
+    one([&](auto& f) { f.size = f.tree.tuple({number}); });
+    one([&](auto& f) { replace(f.first_chunk, "offsets", f.tree.tuple({number})); });
+    one([&](auto& f) { replace(f.first_info, "offset", number); });
+    one([&](auto& f) { replace(f.first_info, "length", number); });
+    one([&](auto& f) { f.memory_format_number = number; });
+  };
+  refuse("float", pickle::Tree::real(std::numeric_limits<double>::quiet_NaN()));
+  refuse("float", pickle::Tree::real(std::numeric_limits<double>::infinity()));
+  refuse("float", pickle::Tree::real(4));
+  refuse("bool", pickle::Tree::boolean(true));
+  refuse("None", pickle::Tree::none());
+  pickle::Tree tree;
+  const std::array<std::byte, 9> huge{std::byte{}, std::byte{}, std::byte{}, std::byte{}, std::byte{},
+                                      std::byte{}, std::byte{}, std::byte{}, std::byte{1}};
+  refuse("long int", tree.big_integer(huge));
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ struct Object;
 class Tree;
 
 /// One value of a tree: a handle of 16 bytes, copied freely, valid as long as the Tree it came from. Default: None.
-/// Accessors throw kCorruptData naming the kind wanted and the kind found.
+/// Accessors throw kCorruptData naming the kind wanted and what was found, as describe() has it.
 class Value {
  public:
   Value() = default;
@@ -125,6 +125,10 @@ struct Object {
   std::span<const Entry> dict_items() const;
 };
 
+/// What a value is, for messages: "posix.system" for a class or function and for an object that it makes, otherwise the
+/// kind. Long names are cut.
+std::string describe(const Value& value);
+
 /// Owns values: those that parse() made, and those that are made here for write(). Movable; values stay valid.
 class Tree {
  public:
@@ -166,7 +170,9 @@ class Tree {
 
 /// Reads one pickle of protocol 0 to 5 made with the opcodes that CPython emits for protocols 2 to 5 (a protocol 2
 /// stream may lack its PROTO); bytes after STOP are ignored. The tree copies what it needs. Throws kCorruptData (with
-/// the offset) for a broken stream, kUnsupported naming the opcode for one that is refused.
+/// the offset) for a broken stream, kUnsupported naming the opcode for one that is refused, or the function for a stream
+/// that would run a command or code when Python loads it (os.system, builtins.eval and their like): nothing is run here
+/// either way, but such a file is an attack and must not pass for a checkpoint.
 Tree parse(ByteSpan stream);
 
 /// Bounds for consumers that descend recursively or expand shared nodes.
