@@ -47,6 +47,7 @@ int run(const std::string& directory, bool save_in_halves, bool load_in_halves, 
   const auto before = model.process_group().traffic().bytes;
   reshard::StateDict state{{"model", model.state_dict(reshard::StateDictType::kSharded)}};
   const auto sent = model.process_group().traffic().bytes - before;
+  if (sent != 0) throw reshard::Error(reshard::ErrorCode::kInternal, "the sharded state dict was sent somewhere");
   const auto saved = reshard::save(state, reshard::FileSystemWriter(directory));
 
   auto other = build(load_in_halves ? half : world);

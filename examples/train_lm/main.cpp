@@ -3,7 +3,7 @@
 //
 //   reshard launch -n 4 -- train_lm --checkpoint ckpt --steps 20 --save-every 10
 //   reshard launch -n 3 -- train_lm --checkpoint ckpt --steps 20 --resume
-//   torchrun --no-python --nproc-per-node 4 train_lm ...                 or alone, as one rank
+//   torchrun --no-python --nproc-per-node 4 -- train_lm ...              or alone, as one rank
 #include <ATen/ops/cross_entropy_loss.h>
 #include <torch/csrc/api/include/torch/optim/adamw.h>
 #include <torch/csrc/api/include/torch/utils.h>
@@ -15,6 +15,7 @@
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "language_model.h"
 #include "reshard/checkpoint/checkpoint.h"
@@ -31,6 +32,7 @@ struct Arguments {
   bool resume = false;
   int64_t resume_step = -1;
   bool drop_moments = false;
+  bool unsharded = false;
   std::vector<std::string> text = {TRAIN_LM_DEFAULT_TEXT};
   uint64_t seed = 0;
   std::string log;
@@ -76,14 +78,27 @@ int train(const Arguments& args) {
 
   if (args.float64) c10::set_default_dtype(caffe2::TypeMeta::Make<double>());
   torch::manual_seed(args.seed);
-  auto model = reshard::FullyShardedDataParallel(
-      reshard::on_meta([&] { return LanguageModel(args.model); }),
-      {.process_group = world, .wrap_policy = reshard::wrap_by_type<BlockImpl>(), .device = device});
-  torch::optim::AdamW optimizer(model.parameters(), torch::optim::AdamWOptions(args.learning_rate).weight_decay(0.01));
+  std::optional<reshard::FullyShardedDataParallel<LanguageModel>> model;
+  LanguageModel plain{nullptr};  // instead of it with --unsharded: the same values, bit for bit
+  if (args.unsharded) {
+    if (world->size() > 1 || args.resume || args.save_every > 0)
+      throw reshard::Error(reshard::ErrorCode::kInvalidArgument, "--unsharded is for one rank and saves nothing");
+    plain = LanguageModel(args.model);
+    plain->to(device);
+  } else {
+    model.emplace(reshard::on_meta([&] { return LanguageModel(args.model); }),
+                  reshard::FsdpOptions{
+                      .process_group = world, .wrap_policy = reshard::wrap_by_type<BlockImpl>(), .device = device});
+  }
+  torch::optim::AdamW optimizer(model ? model->parameters() : plain->parameters(),
+                                torch::optim::AdamWOptions(args.learning_rate).weight_decay(0.01));
 
+  nlohmann::ordered_json stats;
   const auto state_dict = [&](bool moments, int64_t step) {
-    reshard::StateDict state{{"model", model.state_dict(reshard::StateDictType::kSharded)}, {"step", step}};
-    if (moments) state["optim"] = reshard::optimizer_state_dict(optimizer, model);
+    const uint64_t before = world->traffic().bytes;
+    reshard::StateDict state{{"model", model->state_dict(reshard::StateDictType::kSharded)}, {"step", step}};
+    if (moments) state["optim"] = reshard::optimizer_state_dict(optimizer, *model);
+    stats["state_dict_bytes_sent"] = world->traffic().bytes - before;
     return state;
   };
 
@@ -98,26 +113,37 @@ int train(const Arguments& args) {
       throw reshard::Error(reshard::ErrorCode::kNotFound, "no committed checkpoint to resume from",
                            {.file = args.checkpoint});
     reshard::StateDict state = state_dict(!args.drop_moments, 0);
-    reshard::load(state, reshard::FileSystemReader(step_directory(args.checkpoint, step)));
-    model.load_state_dict(state.at("model"));
-    if (!args.drop_moments) reshard::load_optimizer_state_dict(optimizer, model, state.at("optim"));
+    reshard::FileSystemReader reader(step_directory(args.checkpoint, step));
+    reshard::load(state, reader);
+    model->load_state_dict(state.at("model"));
+    if (!args.drop_moments) reshard::load_optimizer_state_dict(optimizer, *model, state.at("optim"));
     if (state.at("step").as<int64_t>() != step) {
       throw reshard::Error(reshard::ErrorCode::kCorruptData, "the checkpoint is of another step",
                            {.file = step_directory(args.checkpoint, step)});
     }
-    if (rank == 0) std::printf("resumed from step %lld on %d ranks\n", static_cast<long long>(step), world->size());
+    at::Tensor bytes = at::empty({2}, at::kLong);
+    bytes[0] = static_cast<int64_t>(reader.counters().bytes_read);
+    bytes[1] = static_cast<int64_t>(reader.counters().bytes_needed);
+    world->all_reduce_sum(bytes);
+    stats["bytes_read"] = bytes[0].item<int64_t>();
+    stats["bytes_needed"] = bytes[1].item<int64_t>();
+    if (rank == 0) {
+      std::printf("resumed from step %lld on %d ranks: %lld bytes read, %lld needed\n", static_cast<long long>(step),
+                  world->size(), stats["bytes_read"].get<long long>(), stats["bytes_needed"].get<long long>());
+    }
   }
 
   std::ofstream log;
   if (rank == 0 && !args.log.empty()) {
-    log.open(args.log);
+    log.open(args.log, args.resume ? std::ios::app : std::ios::trunc);
     if (!log) throw reshard::Error(reshard::ErrorCode::kIo, "cannot write the log", {.file = args.log});
   }
   while (step < args.steps) {
     const at::Tensor batch =
         batch_of(text, args.seed, step, rank * share, (rank + 1) * share, args.model.context).to(device);
-    model.zero_grad();
-    const at::Tensor logits = model(batch.slice(1, 0, -1));
+    optimizer.zero_grad();
+    const at::Tensor inputs = batch.slice(1, 0, -1);
+    const at::Tensor logits = model ? (*model)(inputs) : plain->forward(inputs);
     at::Tensor loss = at::cross_entropy_loss(logits.flatten(0, 1), batch.slice(1, 1).flatten());
     loss.backward();
     optimizer.step();
@@ -128,7 +154,7 @@ int train(const Arguments& args) {
     if (rank == 0) {
       std::printf("step %3lld  loss %.6f\n", static_cast<long long>(step), mean.item<double>());
       std::fflush(stdout);
-      if (log) log << nlohmann::json{{"step", step}, {"loss", mean.item<double>()}}.dump() << std::endl;
+      if (log) log << nlohmann::ordered_json{{"step", step}, {"loss", mean.item<double>()}}.dump() << std::endl;
     }
     if (args.save_every > 0 && step % args.save_every == 0) {
       const auto result =
@@ -139,13 +165,14 @@ int train(const Arguments& args) {
     }
   }
   if (rank == 0 && !args.stats.empty()) {
-    const auto& memory = model.memory_stats();
-    std::ofstream(args.stats) << nlohmann::json{{"peak_unsharded_bytes", memory.peak_unsharded_bytes},
-                                                {"largest_unit_bytes", memory.largest_unit_bytes},
-                                                {"all_units_bytes", memory.all_units_bytes},
-                                                {"device", device.str()}}
-                                     .dump()
-                              << "\n";
+    if (model) {
+      const auto& memory = model->memory_stats();
+      stats["peak_unsharded_bytes"] = memory.peak_unsharded_bytes;
+      stats["largest_unit_bytes"] = memory.largest_unit_bytes;
+      stats["all_units_bytes"] = memory.all_units_bytes;
+    }
+    stats["device"] = device.str();
+    std::ofstream(args.stats) << stats.dump() << "\n";
   }
   world->barrier();
   return 0;
@@ -163,10 +190,11 @@ int main(int argc, char** argv) {
   app.add_option("--resume-step", args.resume_step, "with --resume: from this step");
   app.add_flag("--drop-moments", args.drop_moments,
                "with --resume: leave the optimizer's state out (to show what it is good for)");
+  app.add_flag("--unsharded", args.unsharded, "train the plain module in one process (to compare)");
   app.add_option("--text", args.text, "text files; default: the texts and sources of this project");
   app.add_option("--seed", args.seed, "of the initial weights and of the order of the data");
-  app.add_option("--log", args.log, "rank 0 writes one {\"step\": n, \"loss\": x} a line");
-  app.add_option("--stats", args.stats, "rank 0 writes memory counters as JSON");
+  app.add_option("--log", args.log, "rank 0 writes one {\"step\": n, \"loss\": x} a line; --resume appends");
+  app.add_option("--stats", args.stats, "rank 0 writes counters of bytes as JSON");
   app.add_option("--device", args.device, "auto, cpu, cuda, or cuda-shared (ranks share GPUs over gloo)")
       ->check(CLI::IsMember({"auto", "cpu", "cuda", "cuda-shared"}));
   app.add_option("--batch", args.batch, "samples a step, over all ranks");

@@ -3,15 +3,15 @@
 
   judge.py whole DIR --digest FILE                      dcp.load into whole tensors, dcp_to_torch_save: equal to {key: SHA-256} in FILE
   judge.py values DIR                                    the values that interop_test.cpp saves
+  judge.py objects DIR                                   the objects of peer.py
+  judge.py peer DIR --digest FILE --ranks N              on 1 to N ranks each: everything as FSDP, fully_shard, DTensor, ShardedTensor and plain;
+                                                         FILE: {"tensors": {key: SHA-256}, "lr": {optimizer: learning rate}}
   judge.py fsdp DIR --digest FILE --ranks N --model linear|lm     FSDP on N ranks loads it
   judge.py continue DIR --ranks N --steps S --text T --seed K --log FILE    FSDP and AdamW on N ranks go on training; losses go to FILE
 """
 import argparse
-import ctypes
-import hashlib
 import json
 import os
-import socket
 import sys
 import tempfile
 import warnings
@@ -23,16 +23,24 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import peer
 from language_model import Block, LanguageModel, batch_of, read_text
-
-
-def digest(tensor):
-    data = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(ctypes.string_at(data.data_ptr(), data.nbytes) if data.nbytes else b"").hexdigest()
+from peer import digest, free_port, start_rank
 
 
 def compare(what, wanted, found):
@@ -77,16 +85,91 @@ def values(args):
     print(f"{len(wanted)} values equal")
 
 
-def start_rank(rank, world, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("cpu:gloo", rank=rank, world_size=world)
+def objects(args):
+    """Objects that only Python knows, after reshard loaded and saved them."""
+    wanted = peer.objects()
+    state = {"objects": dict.fromkeys(wanted)}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(args.dir), no_dist=True)
+    for key, value in wanted.items():
+        found = state["objects"][key]
+        if found != value or type(found) is not type(value):
+            sys.exit(f"object {key}: wanted {value!r}, found {found!r}")
+    print(f"{len(wanted)} objects equal")
+
+
+def fill_with_sevens(model):
+    """Not what any checkpoint holds."""
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.fill_(7.0)
+
+
+def layouts(args, wanted):
+    """Each tensor as PyTorch's ranks may hold it: rows, columns, a replica, irregular boxes. Every rank checks its own part."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    held, state = {}, {}
+    for name in peer.DTYPES:
+        dtype = getattr(torch, name)
+        for group, placement in [("rows", Shard(1)), ("columns", Shard(0)), ("flat", Shard(2)), ("plain", Replicate())]:
+            sizes, offsets = compute_local_shape_and_global_offset(peer.SHAPE, mesh, [placement])
+            local = torch.zeros(sizes, dtype=torch.uint8).to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else torch.empty(sizes, dtype=dtype)
+            state[f"{group}.{name}"] = DTensor.from_local(local, mesh, [placement], run_check=False, shape=torch.Size(peer.SHAPE), stride=(6, 2, 1))
+            held[f"{group}.{name}"] = [(local, offsets, sizes)]
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    dcp.load(state, storage_reader=dcp.FileSystemReader(args.dir), planner=planner)
+    boxed = {f"{g}.{n}": peer.irregular(getattr(torch, n), lambda _, sizes, n=n: torch.empty(sizes, dtype=getattr(torch, n)))
+             for g in ("rows", "columns", "flat") for n in peer.DTYPES}
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    dcp.load(boxed, storage_reader=dcp.FileSystemReader(args.dir), planner=planner)
+    for key, tensor in boxed.items():
+        held[key] += [(s.tensor, s.metadata.shard_offsets, s.metadata.shard_sizes) for s in tensor.local_shards()]
+
+    for i, name in enumerate(peer.DTYPES, 1):
+        whole = peer.pattern(peer.SHAPE, getattr(torch, name), i)
+        for group in ("rows", "columns", "flat", "plain"):
+            if digest(whole) != wanted[f"{group}.{name}"]:
+                sys.exit(f"{name}: the pattern here is not the one that was saved")
+            for local, offsets, sizes in held[f"{group}.{name}"]:
+                if digest(local) != digest(peer.part_of(whole, offsets, sizes)):
+                    sys.exit(f"{group}.{name} at {tuple(offsets)}: another value on rank {dist.get_rank()}")
+
+
+def network(args, wanted, groups):
+    """The network and its optimizers into every kind of model that PyTorch has. dcp.load is strict: the first missing key fails."""
+    for wrap in peer.WRAPS:
+        model = peer.wrapped_network(wrap)
+        fill_with_sevens(model)
+        kinds = peer.optimizers(model, lr=7.0)
+        defaults = {kind: {k: v for k, v in o.param_groups[0].items() if k != "params"} for kind, o in kinds.items()}
+        state = {"model": get_model_state_dict(model), "optim": {kind: get_optimizer_state_dict(model, o) for kind, o in kinds.items()}}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(args.dir))
+        set_model_state_dict(model, state["model"])
+        for kind, optimizer in kinds.items():
+            set_optimizer_state_dict(model, optimizer, state["optim"][kind])
+            found = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+            expected = defaults[kind] | {"lr": groups[kind]}
+            # LibTorch's numbers are all float where PyTorch may have int; bool and None stay what they are.
+            def typed(group):
+                return {k: (float(v) if type(v) is int else v, type(v) in (bool, type(None), tuple)) for k, v in group.items()}
+
+            if typed(found) != typed(expected):
+                sys.exit(f"{wrap}, {kind}: group wanted {expected}, found {found}")
+        found = {k: digest(v) for k, v in peer.whole_state(model, kinds).items()}
+        if dist.get_rank() == 0:
+            compare(f"{wrap} on {dist.get_world_size()} ranks", {k: v for k, v in wanted.items() if k.startswith(("model.", "optim."))}, found)
+
+
+def peer_rank(rank, args, expected, worlds):
+    def body(_):
+        layouts(args, expected["tensors"])
+        network(args, expected["tensors"], expected["lr"])
+
+    peer.in_worlds(rank, worlds, body)
 
 
 def make_model(name):
     model = torch.nn.Linear(8, 8) if name == "linear" else LanguageModel()
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, 7.0)  # not what any checkpoint holds
+    fill_with_sevens(model)
     policy = torch.distributed.fsdp.wrap.ModuleWrapPolicy([Block]) if name == "lm" else None
     return FSDP(model, device_id=torch.device("cpu"), auto_wrap_policy=policy, use_orig_params=True)
 
@@ -136,15 +219,9 @@ def continue_rank(rank, args, port):
     dist.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("check", choices=["whole", "values", "fsdp", "continue"])
+    parser.add_argument("check", choices=["whole", "values", "objects", "peer", "fsdp", "continue"])
     parser.add_argument("dir")
     parser.add_argument("--digest")
     parser.add_argument("--ranks", type=int, default=1)
@@ -157,9 +234,14 @@ def main():
     args = parser.parse_args()
     wanted = json.load(open(args.digest)) if args.digest else None
     if args.check == "whole":
-        whole(args, wanted)
+        whole(args, wanted.get("tensors", wanted))
     elif args.check == "values":
         values(args)
+    elif args.check == "objects":
+        objects(args)
+    elif args.check == "peer":
+        worlds = {n: free_port() for n in range(1, args.ranks + 1)}
+        mp.spawn(peer_rank, args=(args, wanted, worlds), nprocs=args.ranks)
     elif args.check == "fsdp":
         mp.spawn(fsdp_rank, args=(args, wanted, free_port()), nprocs=args.ranks)
     else:
