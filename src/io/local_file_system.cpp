@@ -3,6 +3,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -126,6 +127,14 @@ class LocalWriter final : public WritableFile {
   std::string path_;
 };
 
+class LocalLock final : public FileLock {
+ public:
+  explicit LocalLock(Descriptor fd) : fd_(std::move(fd)) {}
+
+ private:
+  Descriptor fd_;
+};
+
 // O_NONBLOCK lets the open of a FIFO return at once; on regular files it means nothing.
 constexpr int kOpenFlags = O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
 
@@ -157,9 +166,11 @@ class LocalFileSystem final : public FileSystem {
     const int flags = O_WRONLY | O_CREAT | kOpenFlags | (mode == CreateMode::kExclusive ? O_EXCL : O_TRUNC);
     Descriptor fd(resumed([&] { return ::open(path.c_str(), flags, 0666); }));
     if (fd.get() == -1) throw os_error(errno, "create", path);
-    const struct stat status = status_of(fd.get(), "create", path);
-    if (!S_ISREG(status.st_mode)) {
-      throw wrong_kind(ErrorCode::kAlreadyExists, "create", path, kind_text(status.st_mode));
+    if (mode == CreateMode::kTruncate) {  // else it is new, and regular
+      const struct stat status = status_of(fd.get(), "create", path);
+      if (!S_ISREG(status.st_mode)) {
+        throw wrong_kind(ErrorCode::kAlreadyExists, "create", path, kind_text(status.st_mode));
+      }
     }
     return std::make_unique<LocalWriter>(std::move(fd), path);
   }
@@ -202,6 +213,12 @@ class LocalFileSystem final : public FileSystem {
     throw os_error(errno, "remove", path);
   }
 
+  bool remove_directory(const std::string& path) override {
+    if (::rmdir(path.c_str()) == 0) return true;
+    if (errno == ENOENT) return false;
+    throw os_error(errno, "remove directory", path);
+  }
+
   void create_directories(const std::string& path) override {
     const size_t last = path.find_last_not_of('/');
     if (last == std::string::npos) return;  // the working directory or the root
@@ -219,22 +236,24 @@ class LocalFileSystem final : public FileSystem {
     if (error != EEXIST || ::stat(name.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
       throw os_error(error, "create directory", name);
     }
+    const Descriptor parent = open_directory(parent_of(name));
+    if (parent.get() != -1) sync(parent, parent_of(name));
   }
 
   void sync_directory(const std::string& path) override {
-    const Descriptor fd(
-        resumed([&] { return ::open(or_working_directory(path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+    const Descriptor fd = open_directory(path);
     if (fd.get() == -1) throw os_error(errno, "sync directory", path);
-    if (resumed([&] { return ::fsync(fd.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP) {
-      throw os_error(errno, "sync directory", path);
-    }
+    sync(fd, path);
   }
 
   std::vector<std::string> list(const std::string& path) override {
     struct Close {
       void operator()(DIR* stream) const { ::closedir(stream); }
     };
-    const std::unique_ptr<DIR, Close> stream(::opendir(or_working_directory(path).c_str()));
+    std::unique_ptr<DIR, Close> stream;
+    do {
+      stream.reset(::opendir(or_working_directory(path).c_str()));
+    } while (!stream && errno == EINTR);
     if (!stream) throw os_error(errno, "list", path);
     std::vector<std::string> names;
     for (;;) {
@@ -259,6 +278,39 @@ class LocalFileSystem final : public FileSystem {
     if (S_ISDIR(status.st_mode)) return FileStatus{FileKind::kDirectory, 0};
     if (S_ISLNK(status.st_mode)) return FileStatus{FileKind::kSymlink, 0};
     return FileStatus{};
+  }
+
+  std::unique_ptr<FileLock> try_lock(const std::string& path, std::string_view holder) override {
+    Descriptor fd(resumed([&] { return ::open(path.c_str(), O_RDWR | O_CREAT | kOpenFlags, 0666); }));
+    if (fd.get() == -1) throw os_error(errno, "lock", path);
+    const struct stat status = status_of(fd.get(), "lock", path);
+    if (!S_ISREG(status.st_mode)) {
+      throw wrong_kind(ErrorCode::kAlreadyExists, "lock", path, kind_text(status.st_mode));
+    }
+    if (resumed([&] { return ::flock(fd.get(), LOCK_EX | LOCK_NB); }) != 0) {
+      if (errno == EWOULDBLOCK) return nullptr;
+      const int error = errno;
+      if (error != ENOLCK && error != ENOSYS && error != ENOTSUP) throw os_error(error, "lock", path);
+      throw Error(ErrorCode::kUnsupported, os_error(error, "lock", path).message(), {.file = path});
+    }
+    if (resumed([&] { return ::ftruncate(fd.get(), 0); }) != 0) throw os_error(errno, "lock", path);
+    const ByteSpan text = as_bytes(holder);
+    const TransferResult written = transfer_fully(
+        std::span(&text, 1), 0,
+        [&](const iovec* window, int count, off_t at) { return ::pwritev(fd.get(), window, count, at); });
+    if (written.error != 0) throw os_error(written.error, "lock", path);
+    return std::make_unique<LocalLock>(std::move(fd));
+  }
+
+ private:
+  static Descriptor open_directory(const std::string& path) {
+    return Descriptor(
+        resumed([&] { return ::open(or_working_directory(path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+  }
+  static void sync(const Descriptor& directory, const std::string& path) {
+    if (resumed([&] { return ::fsync(directory.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP) {
+      throw os_error(errno, "sync directory", path);
+    }
   }
 };
 

@@ -65,6 +65,23 @@ TEST_F(FaultFileSystemTest, OnlyTheChosenCallFails) {
   file->read_exactly(0, out, "part");
 }
 
+TEST_F(FaultFileSystemTest, MemoryCanEndInACall) {
+  fs.inject({.call = FileCall::kWrite, .out_of_memory = true});
+  EXPECT_THROW(put("x"), std::bad_alloc);
+  put("x");
+  EXPECT_EQ(content(), "x");
+}
+
+TEST_F(FaultFileSystemTest, LocksAndDirectoriesFail) {
+  fs.create_directories(dir / "d");
+  fs.inject({.call = FileCall::kLock, .error = ENOLCK});
+  fs.inject({.call = FileCall::kRemoveDirectory, .error = EIO});
+  EXPECT_ERROR(ErrorCode::kIo, "lock (injected)", fs.try_lock(dir / "l", "me"));
+  EXPECT_ERROR(ErrorCode::kIo, "rmdir (injected)", fs.remove_directory(dir / "d"));
+  EXPECT_NE(fs.try_lock(dir / "l", "me"), nullptr);
+  EXPECT_TRUE(fs.remove_directory(dir / "d"));
+}
+
 TEST_F(FaultFileSystemTest, FaultForEverStays) {
   fs.inject({.call = FileCall::kCreate, .error = ENOSPC, .forever = true});
   for (int i = 0; i < 3; ++i) EXPECT_ERROR(ErrorCode::kIo, "No space left", put("x"));

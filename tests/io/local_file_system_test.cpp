@@ -363,5 +363,36 @@ TEST_F(LocalFileSystemTest, SyncDirectoryWantsADirectory) {
   EXPECT_ERROR(ErrorCode::kNotFound, "cannot sync directory", fs.sync_directory(dir / "none"));
 }
 
+TEST_F(LocalFileSystemTest, RemoveDirectoryRemovesEmptyOnes) {
+  fs.create_directories(dir / "d");
+  EXPECT_TRUE(fs.remove_directory(dir / "d"));
+  EXPECT_FALSE(fs.remove_directory(dir / "d"));
+  put("f", "");
+  EXPECT_ERROR(ErrorCode::kIo, "cannot remove directory: Not a directory", fs.remove_directory(dir / "f"));
+  EXPECT_ERROR(ErrorCode::kIo, "cannot remove directory: Directory not empty", fs.remove_directory(dir.path()));
+  EXPECT_EQ(get("f"), "");
+}
+
+TEST_F(LocalFileSystemTest, OneLockAtATime) {
+  const std::string path = dir / "lock";
+  auto lock = fs.try_lock(path, "the first, with a long name");
+  ASSERT_NE(lock, nullptr);
+  EXPECT_EQ(fs.try_lock(path, "the second"), nullptr);
+  EXPECT_EQ(get("lock"), "the first, with a long name");
+  lock.reset();
+  lock = fs.try_lock(path, "the third");
+  EXPECT_NE(lock, nullptr);
+  EXPECT_EQ(get("lock"), "the third");
+}
+
+TEST_F(LocalFileSystemTest, OnlyARegularFileIsLocked) {
+  ASSERT_EQ(::symlink("target", (dir / "link").c_str()), 0);
+  EXPECT_ERROR(ErrorCode::kIo, "cannot lock", fs.try_lock(dir / "link", ""));
+  EXPECT_FALSE(fs.status(dir / "target"));
+  ASSERT_EQ(::mkfifo((dir / "fifo").c_str(), 0600), 0);
+  EXPECT_ERROR(ErrorCode::kAlreadyExists, "cannot lock: not a regular file", fs.try_lock(dir / "fifo", ""));
+  EXPECT_ERROR(ErrorCode::kNotFound, "cannot lock", fs.try_lock(dir / "none/lock", ""));
+}
+
 }  // namespace
 }  // namespace reshard

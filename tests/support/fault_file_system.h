@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -40,13 +41,15 @@ enum class FileCall : uint8_t {
   kSyncDirectory,
   kList,
   kStatus,
+  kRemoveDirectory,
+  kLock,
 };
-inline constexpr size_t kFileCallKinds = 12;
+inline constexpr size_t kFileCallKinds = 14;
 
 inline std::string_view to_string(FileCall call) {
-  constexpr std::array<std::string_view, kFileCallKinds> kNames = {"create", "open",           "read",   "write",
-                                                                   "sync",   "close",          "rename", "remove",
-                                                                   "mkdirs", "sync_directory", "list",   "status"};
+  constexpr std::array<std::string_view, kFileCallKinds> kNames = {
+      "create", "open",   "read",           "write", "sync",   "close", "rename",
+      "remove", "mkdirs", "sync_directory", "list",  "status", "rmdir", "lock"};
   return kNames.at(static_cast<size_t>(call));
 }
 
@@ -77,6 +80,8 @@ struct FileFault {
   uint64_t nth = 1;
   /// errno of the failure.
   int error = EIO;
+  /// It throws std::bad_alloc instead.
+  bool out_of_memory = false;
   /// All later calls of the kind fail, too, as on a full or dead disk.
   bool forever = false;
   /// The call does its work and is reported as failed, as when a server's answer is lost.
@@ -140,6 +145,13 @@ class FaultFileSystem final : public FileSystem {
   std::optional<FileStatus> status(const std::string& path) override {
     return state_->run({.call = FileCall::kStatus, .path = path}, [&] { return real_.status(path); });
   }
+  bool remove_directory(const std::string& path) override {
+    return state_->run({.call = FileCall::kRemoveDirectory, .path = path},
+                       [&] { return real_.remove_directory(path); });
+  }
+  std::unique_ptr<FileLock> try_lock(const std::string& path, std::string_view holder) override {
+    return state_->run({.call = FileCall::kLock, .path = path}, [&] { return real_.try_lock(path, holder); });
+  }
 
  private:
   class State {
@@ -174,10 +186,11 @@ class FaultFileSystem final : public FileSystem {
       if (!fault) return work();
       // A close that fails closes all the same.
       if (fault->after_effect || record.call == FileCall::kClose) static_cast<void>(work());
-      throw failure(*fault, record);
+      fail(*fault, record);
     }
-    static Error failure(const FileFault& fault, const FileCallRecord& record) {
-      return os_error(fault.error, std::string(to_string(record.call)) + " (injected)", record.path);
+    [[noreturn]] static void fail(const FileFault& fault, const FileCallRecord& record) {
+      if (fault.out_of_memory) throw std::bad_alloc();
+      throw os_error(fault.error, std::string(to_string(record.call)) + " (injected)", record.path);
     }
 
    private:
@@ -219,7 +232,7 @@ class FaultFileSystem final : public FileSystem {
         offset += n;
         left -= n;
       }
-      throw State::failure(*fault, record);
+      State::fail(*fault, record);
     }
     void sync() override {
       state_->run({.call = FileCall::kSync, .path = path_}, [&] { real_->sync(); });

@@ -59,6 +59,12 @@ class WritableFile {
   void write(uint64_t offset, ByteSpan bytes) { write_gather(offset, {&bytes, 1}); }
 };
 
+/// Holds what try_lock() locked until it is destroyed or its process ends, however it ends.
+class FileLock {
+ public:
+  virtual ~FileLock() = default;
+};
+
 enum class FileKind : uint8_t { kRegular, kDirectory, kSymlink, kOther };
 
 struct FileStatus {
@@ -98,8 +104,13 @@ class FileSystem {
   /// Removes a file or a symlink, not a directory. False if there was none. Not durable.
   virtual bool remove(const std::string& path) = 0;
 
+  /// Removes an empty directory. False if there was none. Not durable.
+  virtual bool remove_directory(const std::string& path) = 0;
+
   /// Makes the directory and the missing ones above it; no error if it exists (kAlreadyExists if that is no
-  /// directory). The names of those that it made are durable when it returns.
+  /// directory). The names of those that it made are durable when it returns, and so is that of the directory itself if
+  /// it was there before: who made it may have been killed before it was durable. (A directory above that may not be
+  /// opened is left alone.)
   virtual void create_directories(const std::string& path) = 0;
 
   /// Makes durable which names are in the directory: files made, renamed and removed before the call. Does nothing on
@@ -112,6 +123,12 @@ class FileSystem {
 
   /// What is at `path`, nothing if there is nothing. Does not follow a symlink at the last component.
   virtual std::optional<FileStatus> status(const std::string& path) = 0;
+
+  /// Locks a file, made if missing, against every other process and every other FileLock, and makes it hold `holder`.
+  /// Does not wait: null if another has it; the file says who. Never remove such a file. A process forked meanwhile
+  /// shares the lock. It holds on one host, and between hosts where the file system's flock() does; a file system
+  /// without locks is kUnsupported.
+  virtual std::unique_ptr<FileLock> try_lock(const std::string& path, std::string_view holder) = 0;
 
   /// All bytes of a regular file (as open()). kCorruptData if there are more than `max_bytes`.
   Bytes read_file(const std::string& path, uint64_t max_bytes);
