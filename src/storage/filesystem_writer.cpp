@@ -12,7 +12,6 @@
 // and perhaps files of the old one that nobody reads.
 #include <algorithm>
 #include <atomic>
-#include <charconv>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -28,41 +27,13 @@
 #include "reshard/format/strided_copy.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "storage/file_names.h"
 
 namespace reshard {
 namespace {
 
 constexpr uint64_t kWriteBytes = 4 << 20;  // small items are gathered into writes of at least this many bytes
 constexpr uint64_t kCrcBytes = 1 << 20;    // summed and written while still in the cache
-constexpr std::string_view kDataPrefix = "__";
-constexpr std::string_view kDataSuffix = ".distcp";
-
-std::string data_file_name(size_t rank, int64_t number) {
-  return std::string(kDataPrefix) + std::to_string(rank) + "_" + std::to_string(number) + std::string(kDataSuffix);
-}
-
-/// n of a name `__<rank>_<n>.distcp`; nothing for other names.
-std::optional<int64_t> data_file_number(std::string_view name) {
-  if (!name.starts_with(kDataPrefix) || !name.ends_with(kDataSuffix)) return std::nullopt;
-  name.remove_prefix(kDataPrefix.size());
-  name.remove_suffix(std::min(name.size(), kDataSuffix.size()));
-  const size_t separator = name.find('_');
-  if (separator == std::string_view::npos) return std::nullopt;
-  const auto digits = [](std::string_view text) -> std::optional<int64_t> {
-    constexpr size_t kMaxDigits = 15;
-    int64_t value = 0;
-    if (text.empty() || text.size() > kMaxDigits || text.front() == '-') return std::nullopt;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    return error == std::errc{} && end == text.data() + text.size() ? std::optional(value) : std::nullopt;
-  };
-  if (!digits(name.substr(0, separator))) return std::nullopt;
-  return digits(name.substr(separator + 1));
-}
-
-/// True for the temporary files that a killed commit of ours or of PyTorch leaves behind.
-bool is_temporary_metadata(std::string_view name) {
-  return name == ".metadata.tmp" || name.starts_with(std::string(kMetadataFileName) + std::string(kTemporaryInfix));
-}
 
 uint64_t tensor_bytes(const WriteItem& item) {
   return static_cast<uint64_t>(volume(item.chunk.sizes)) * static_cast<uint64_t>(element_size(item.properties.dtype));
@@ -319,6 +290,14 @@ void run_parallel(size_t count, size_t threads, std::atomic<bool>& failed, const
   if (first) std::rethrow_exception(first);
 }
 
+/// Logs the exception being handled. There may be no memory left for that.
+void warn_of_failure(const char* what) noexcept {
+  try {
+    log(LogLevel::kWarning, what + current_failure().message);
+  } catch (...) {
+  }
+}
+
 }  // namespace
 
 FileSystemWriter::FileSystemWriter(std::string directory, FileSystemWriterOptions options, FileSystem& file_system)
@@ -475,7 +454,7 @@ void FileSystemWriter::remove_replaced(const Metadata& metadata, const std::stri
       test_point("save.during_cleanup");
     }
   } catch (...) {
-    log(LogLevel::kWarning, "saved, but files of the replaced checkpoint are left: " + current_failure().message);
+    warn_of_failure("saved, but files of the replaced checkpoint are left: ");
   }
   replaced_.clear();
 }
@@ -484,7 +463,7 @@ void FileSystemWriter::remove_quietly(const std::string& name) noexcept {
   try {
     file_system_.remove(join_path(directory_, name));
   } catch (...) {
-    log(LogLevel::kWarning, "a file that no checkpoint uses is left: " + current_failure().message);
+    warn_of_failure("a file that no checkpoint uses is left: ");
   }
 }
 

@@ -12,6 +12,7 @@
 #include <set>
 
 #include "storage/checkpoint_runs.h"
+#include "storage/generations.h"
 #include "support/fault_file_system.h"
 #include "support/temporary_directory.h"
 
@@ -20,38 +21,6 @@ namespace {
 
 using testing::AnyOf;
 using testing::HasSubstr;
-
-/// Same keys, other contents: a mixture of two generations is neither.
-std::vector<MemorySaveState> generation(int number, size_t world_size) {
-  std::vector<MemorySaveState> ranks;
-  for (size_t rank = 0; rank < world_size; ++rank) {
-    const auto mine = split({6, 4}, 0, static_cast<int64_t>(world_size))[rank];
-    MemorySaveState state({tensor_entry("weight", {6, 4}, mine), replica_entry("bias", {5})});
-    state.add_value("step", value_archive("step " + std::to_string(number)));
-    for (size_t entry = 0; entry < 2; ++entry) {
-      for (std::byte& byte : state.memory().buffer(entry)) byte ^= static_cast<std::byte>(number);
-    }
-    ranks.push_back(std::move(state));
-  }
-  return ranks;
-}
-
-/// The number of the generation that loads, bit for bit; -1 for anything else.
-int loaded_generation(const std::string& directory) {
-  std::vector<MemoryLoadState> ranks;
-  ranks.push_back(
-      MemoryLoadState({replica_entry("weight", {6, 4}), replica_entry("bias", {5}), bytes_entry("step", 0)}));
-  load_checkpoint(directory, ranks);
-  for (int number = 1; number <= 3; ++number) {
-    std::vector<MemorySaveState> saved = generation(number, 1);
-    bool equal = true;
-    for (size_t entry = 0; entry < 3; ++entry) {
-      equal = equal && saved[0].memory().buffer(entry) == ranks[0].memory().buffer(entry);
-    }
-    if (equal) return number;
-  }
-  return -1;
-}
 
 struct Outcome {
   bool failed = false;
