@@ -50,7 +50,7 @@ struct SaveResult {
 };
 
 /// Saves `state` on all ranks of `transport`. Collective: every rank calls it with its own state. Throws
-/// CheckpointError on every rank or on none. `progress` is called on this rank while bytes move, from any thread.
+/// CheckpointError on every rank or on none (std::bad_alloc on a rank that has no memory left for that). `progress` is called on this rank while bytes move, from any thread.
 SaveResult run_save(Transport& transport, const SaveState& state, SavePlanner& planner, StorageWriter& writer,
                     const ProgressFn& progress = {});
 
