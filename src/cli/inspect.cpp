@@ -57,7 +57,7 @@ void print_json(const Metadata& metadata, const std::vector<FileSummary>& files)
   const auto text = [](const std::optional<std::string>& value) { return value ? Json(*value) : Json(nullptr); };
   out["version"] = text(metadata.version);
   out["save_id"] = text(metadata.storage_meta ? metadata.storage_meta->save_id : std::nullopt);
-  out["sidecars"] = metadata.sidecars ? Json(*metadata.sidecars) : Json(nullptr);
+  out["sidecars"] = metadata.sidecars ? Json(metadata.sidecars->size()) : Json(nullptr);
   Json tensors = Json::object();
   Json values = Json::object();
   for (const auto& [fqn, entry] : metadata.state_dict_metadata) {

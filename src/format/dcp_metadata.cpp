@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/format/dcp_metadata.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstring>
 #include <limits>
@@ -10,6 +11,7 @@
 #include "format/pickle_opcodes.h"
 #include "format/utf8.h"
 #include "reshard/format/pickle.h"
+#include "reshard/format/sha256.h"
 
 namespace reshard {
 namespace {
@@ -24,8 +26,16 @@ constexpr std::string_view kCatalogueBefore23 = "torch.distributed._shard.sharde
 constexpr std::string_view kFileSystem = "torch.distributed.checkpoint.filesystem";
 
 // Attributes of our own in the state of the Metadata object.
+constexpr std::string_view kOurAttributes = "reshard_";
 constexpr std::string_view kStorageMetaAttribute = "reshard_storage_meta";
 constexpr std::string_view kSidecarsAttribute = "reshard_sidecars";
+
+// How a file of ours ends: the last attribute, whose value is the SHA-256 of all bytes before that value, and three
+// opcodes. So the digest is found without parsing, and every byte of the file is either in it or in this fixed frame.
+constexpr std::string_view kDigestBegin =
+    "\x8c\x0ereshard_digest\x94"
+    "C\x20";
+constexpr std::string_view kDigestEnd = "ub.";
 
 constexpr size_t kMaxTransforms = 16;
 
@@ -103,14 +113,25 @@ class Decoder {
     } else if (const Value* ours = find(state, kStorageMetaAttribute); ours != nullptr && !ours->is_none()) {
       result.storage_meta = storage_meta(ours->entries());
     }
+    is_ours_ = std::ranges::any_of(state, [](const auto& attribute) {
+      return attribute.key.kind() == Kind::kStr && attribute.key.as_str().starts_with(kOurAttributes);
+    });
     if (const Value* version = find(state, "version"); version != nullptr && !version->is_none())
       result.version = text(*version);
     if (const Value* sidecars = find(state, kSidecarsAttribute); sidecars != nullptr && !sidecars->is_none()) {
-      if (sidecars->as_int() < 0) corrupt("negative number of sidecars");
-      result.sidecars = sidecars->as_int();
+      const auto digests = pickle::plain_bytes(*sidecars);
+      constexpr size_t kSize = std::tuple_size_v<SidecarDigest>;
+      if (!digests || digests->size() % kSize != 0) corrupt("digests of the sidecars", "32 bytes each");
+      auto& list = result.sidecars.emplace(digests->size() / kSize);
+      for (size_t i = 0; i < list.size(); ++i) {
+        std::ranges::copy(as_bytes(*digests).subspan(i * kSize, kSize), list[i].begin());
+      }
     }
     return result;
   }
+
+  /// Whether the catalogue has attributes that only this library writes.
+  bool is_ours() const { return is_ours_; }
 
  private:
   using Made = pickle::Object::Made;
@@ -306,6 +327,7 @@ class Decoder {
   }
 
   uint64_t copies_left_;
+  bool is_ours_ = false;
   Known metadata_{kCatalogue, "Metadata"};
   Known tensor_{kCatalogue, "TensorStorageMetadata"};
   Known bytes_{kCatalogue, "BytesStorageMetadata"};
@@ -320,6 +342,19 @@ class Decoder {
 };
 
 // --- encoding --------------------------------------------------------------------------------------------------------
+
+/// Throws if the digest at the end does not match; false if there is none.
+bool check_digest(ByteSpan file) {
+  constexpr size_t kSize = std::tuple_size_v<Sha256Digest>;
+  constexpr size_t kFrame = kDigestBegin.size() + kSize + kDigestEnd.size();
+  if (file.size() < kFrame || !as_text(file).ends_with(kDigestEnd)) return false;
+  const ByteSpan frame = file.last(kFrame);
+  if (!as_text(frame).starts_with(kDigestBegin)) return false;
+  const ByteSpan digest = frame.subspan(kDigestBegin.size(), kSize);
+  const ByteSpan body = file.first(file.size() - kSize - kDigestEnd.size());
+  if (std::ranges::equal(Sha256::of(body), digest)) return true;
+  corrupt("the catalogue does not match its digest: it was changed after it was saved");
+}
 
 // Protocol 4. Classes, attribute names, keys, file names and most sizes and offsets are written once and referred to; all else is written out.
 class Encoder {
@@ -409,14 +444,20 @@ class Encoder {
     }
     if (metadata.sidecars) {
       str(kSidecarsAttribute);
-      integer(*metadata.sidecars);
+      op(Op::kBinBytes);
+      out_.u32(static_cast<uint32_t>(metadata.sidecars->size() * sizeof(SidecarDigest)));
+      for (const SidecarDigest& digest : *metadata.sidecars) out_.bytes(digest);
     }
-    end_object();
-    op(Op::kStop);
+    out_.text(kDigestBegin);
+    const size_t digest_at = out_.size();
+    out_.bytes(Sha256Digest{});
+    out_.text(kDigestEnd);
 
     Bytes& buffer = out_.buffer();
     const uint64_t length = buffer.size() - frame - 8;
     std::memcpy(buffer.data() + frame, &length, 8);
+    std::ranges::copy(Sha256::of(ByteSpan(buffer).first(digest_at)),
+                      buffer.begin() + static_cast<ptrdiff_t>(digest_at));
     return out_.take();
   }
 
@@ -627,9 +668,14 @@ class Encoder {
 
 }  // namespace
 
-Metadata decode_metadata(ByteSpan file) {
+Metadata decode_metadata(ByteSpan file, bool verify_digest) {
+  const bool sealed = verify_digest && check_digest(file);
   const pickle::Tree tree = pickle::parse(file);
-  Metadata metadata = Decoder(file.size()).decode(tree.root());
+  Decoder decoder(file.size());
+  Metadata metadata = decoder.decode(tree.root());
+  // Only a change of the frame around the digest can lead here; or a program that wrote our attributes anew.
+  if (verify_digest && !sealed && decoder.is_ours())
+    corrupt("the catalogue is of this library and has no digest: it was changed");
   validate(metadata);
   return metadata;
 }

@@ -84,10 +84,6 @@ void validate(const Metadata& metadata) {
       corrupt("bytes are stored for an item that is not in the catalogue: " + to_string(index), index.fqn);
     validate_storage(index, storage);
   }
-  if (metadata.sidecars && *metadata.sidecars < 0) {
-    throw Error(ErrorCode::kCorruptData, "negative number of sidecars",
-                {.wanted = "0 or more", .found = std::to_string(*metadata.sidecars)});
-  }
 }
 
 void validate_relative_path(const std::string& path, const std::string& fqn) {

@@ -473,7 +473,10 @@ Bytes encode_catalogue(const Metadata& metadata) {
   }
   put_text(metadata.version);
   out.u8(metadata.sidecars.has_value());
-  if (metadata.sidecars) out.i64(*metadata.sidecars);
+  if (metadata.sidecars) {
+    out.varint(metadata.sidecars->size());
+    for (const SidecarDigest& digest : *metadata.sidecars) out.bytes(digest);
+  }
   return encoder.take();
 }
 
@@ -562,7 +565,10 @@ Metadata decode_catalogue(ByteSpan bytes) {
     for (size_t i = 0; i < modules; ++i) meta.modules.push_back(in.string());
   }
   get_text(metadata.version);
-  if (decoder.flag()) metadata.sidecars = in.i64();
+  if (decoder.flag()) {
+    auto& sidecars = metadata.sidecars.emplace(in.count(sizeof(SidecarDigest)));
+    for (SidecarDigest& digest : sidecars) std::ranges::copy(in.bytes(digest.size()), digest.begin());
+  }
   decoder.finish();
   return metadata;
 }

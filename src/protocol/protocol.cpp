@@ -291,6 +291,7 @@ struct Vote {
   using Digest = std::array<std::byte, kDigestBytes>;
   Digest plan{};
   Digest receipts{};
+  std::optional<SidecarDigest> sidecar;
 
   static Digest shorten(const Sha256Digest& digest) {
     Digest result;
@@ -301,6 +302,8 @@ struct Vote {
     ByteWriter out;
     out.bytes(plan);
     out.bytes(receipts);
+    out.u8(sidecar.has_value());
+    if (sidecar) out.bytes(*sidecar);
     return out.take();
   }
   static Vote decode(ByteSpan payload) {
@@ -308,27 +311,42 @@ struct Vote {
     Vote vote;
     std::ranges::copy(in.bytes(kDigestBytes), vote.plan.begin());
     std::ranges::copy(in.bytes(kDigestBytes), vote.receipts.begin());
+    if (in.u8() != 0) std::ranges::copy(in.bytes(sizeof(SidecarDigest)), vote.sidecar.emplace().begin());
     if (!in.at_end()) throw Error(ErrorCode::kCorruptData, "vote has bytes after its end");
     return vote;
   }
-  friend bool operator==(const Vote&, const Vote&) = default;
 };
 
 /// The save as the coordinator knows it between planning and commit.
 struct CoordinatedSave {
   std::vector<Vote> expected;  // a rank
+  std::vector<std::optional<SidecarDigest>> sidecars;
   Metadata metadata;
   SaveResult result;
 };
 
-/// Every item that the commit will name has been written where it will say, or the rank that did not is named.
-void check_vote(const Vote& vote, int rank, const CoordinatedSave& save) {
+/// Takes a rank's vote. Every item that the commit will name has been written where it will say, or the rank that did
+/// not is named.
+void take_vote(const Vote& vote, int rank, CoordinatedSave& save) {
   const Vote& expected = save.expected[static_cast<size_t>(rank)];
-  if (vote == expected) return;
+  save.sidecars[static_cast<size_t>(rank)] = vote.sidecar;
+  if (vote.plan == expected.plan && vote.receipts == expected.receipts) return;
   throw Error(ErrorCode::kInternal,
               vote.plan == expected.plan ? "the receipts do not match the plan: other items, places or order"
                                          : "another plan was carried out than the coordinator sent",
               {.rank = rank});
+}
+
+/// The sidecars go into the catalogue if the storage writes such.
+void name_sidecars(CoordinatedSave& save) {
+  for (const auto& digest : save.sidecars) {
+    if (digest.has_value() != save.sidecars[0].has_value()) {
+      throw Error(ErrorCode::kInternal, "some ranks wrote a sidecar and others did not");
+    }
+    if (!digest) continue;
+    if (!save.metadata.sidecars) save.metadata.sidecars.emplace();
+    save.metadata.sidecars->push_back(*digest);
+  }
 }
 
 /// A plan of one rank in a message: the save's id, then the plan.
@@ -360,13 +378,13 @@ std::vector<Bytes> plan_globally(std::vector<SavePlan> local_plans, SavePlanner&
   save.metadata.storage_meta = StorageMeta{
       .checkpoint_id = writer.checkpoint_id(), .save_id = save.result.save_id, .load_id = std::nullopt, .modules = {}};
   save.metadata.version = kMetadataVersion;
-  save.metadata.sidecars = static_cast<int64_t>(world_size);
   size_t items = 0;
   for (const SavePlan& plan : plans) items += plan.items.size();
   save.metadata.storage_data.reserve(items);
 
   std::vector<Bytes> answers(world_size);
   save.expected.resize(world_size);
+  save.sidecars.resize(world_size);
   for (size_t r = 0; r < world_size; ++r) {
     SavePlan& plan = plans[r];
     if (plan.storage.size() != plan.items.size()) {
@@ -383,7 +401,7 @@ std::vector<Bytes> plan_globally(std::vector<SavePlan> local_plans, SavePlanner&
       save.result.bytes_written += plan.storage[i].length;
     }
     save.result.items += plan.items.size();
-    save.expected[r] = {Vote::shorten(Sha256::of(answers[r])), Vote::shorten(receipts.finish())};
+    save.expected[r] = {Vote::shorten(Sha256::of(answers[r])), Vote::shorten(receipts.finish()), std::nullopt};
     if (r == 0) own = std::move(plan);
     plan = {};
     transport.heartbeat();
@@ -439,15 +457,17 @@ SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePl
     ReceiptsDigest receipts;
     for (const WriteResult& result : results) receipts.add(result.index, result.storage);
     vote.receipts = Vote::shorten(receipts.finish());
-    if (star.is_coordinator()) check_vote(vote, 0, coordinated);
+    vote.sidecar = writer.sidecar_digest();
+    if (star.is_coordinator()) take_vote(vote, 0, coordinated);
     test_point("save.before_vote");
     return vote.encode();
   });
   const Bytes outcome =
       star.finish(Step::kTransfer, std::move(part),
-                  {.take = [&](int rank, ByteSpan payload) { check_vote(Vote::decode(payload), rank, coordinated); },
+                  {.take = [&](int rank, ByteSpan payload) { take_vote(Vote::decode(payload), rank, coordinated); },
                    .decide =
                        [&] {
+                         name_sidecars(coordinated);
                          test_point("save.before_commit");
                          writer.finish(coordinated.metadata, context, committed);
                          committed = Committed::kYes;

@@ -17,12 +17,18 @@ namespace reshard {
 inline constexpr std::string_view kDataPrefix = "__";
 inline constexpr std::string_view kDataSuffix = ".distcp";
 
-inline std::string data_file_name(size_t rank, int64_t number) {
-  return std::string(kDataPrefix) + std::to_string(rank) + "_" + std::to_string(number) + std::string(kDataSuffix);
+struct DataFileName {
+  int64_t rank = 0;
+  int64_t number = 0;
+};
+
+inline std::string to_string(const DataFileName& name) {
+  return std::string(kDataPrefix) + std::to_string(name.rank) + "_" + std::to_string(name.number) +
+         std::string(kDataSuffix);
 }
 
-/// n of a name `__<rank>_<n>.distcp`; nothing for other names.
-inline std::optional<int64_t> data_file_number(std::string_view name) {
+/// Of a name `__<rank>_<n>.distcp`; nothing for other names.
+inline std::optional<DataFileName> parse_data_file_name(std::string_view name) {
   if (!name.starts_with(kDataPrefix) || !name.ends_with(kDataSuffix)) return std::nullopt;
   name.remove_prefix(kDataPrefix.size());
   name.remove_suffix(std::min(name.size(), kDataSuffix.size()));
@@ -35,8 +41,10 @@ inline std::optional<int64_t> data_file_number(std::string_view name) {
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     return error == std::errc{} && end == text.data() + text.size() ? std::optional(value) : std::nullopt;
   };
-  if (!digits(name.substr(0, separator))) return std::nullopt;
-  return digits(name.substr(separator + 1));
+  const auto rank = digits(name.substr(0, separator));
+  const auto number = digits(name.substr(separator + 1));
+  if (!rank || !number) return std::nullopt;
+  return DataFileName{*rank, *number};
 }
 
 /// True for the temporary files that a killed commit of ours or of PyTorch leaves behind.
@@ -46,7 +54,7 @@ inline bool is_temporary_metadata(std::string_view name) {
 
 /// True for a name that only a save gives to a file, but for the catalogue's.
 inline bool is_checkpoint_file(const std::string& name) {
-  return data_file_number(name) || is_temporary_metadata(name) || is_sidecar_name(name);
+  return parse_data_file_name(name) || is_temporary_metadata(name) || is_sidecar_name(name);
 }
 
 }  // namespace reshard

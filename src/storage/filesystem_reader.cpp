@@ -16,6 +16,7 @@
 #include "reshard/format/strided_copy.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "storage/checked_file.h"
 #include "storage/chunks.h"
 
 namespace reshard {
@@ -27,7 +28,7 @@ constexpr uint64_t kPackedGap = 4 << 10;    // longest gap of a packed read
 constexpr int64_t kScatterBytes = 256;      // shorter destination runs are staged
 constexpr uint64_t kStageBytes = 4 << 20;   // size of the staging buffer
 constexpr uint64_t kReadBytes = 8 << 20;    // most bytes, and
-constexpr size_t kReadParts = 1024;         // most destinations of one read call
+constexpr size_t kReadParts = 1022;         // most destinations of one read call
 constexpr size_t kMaxSegments = 1 << 16;    // collected before they are read
 
 /// One item of the checkpoint, and what the plan wants of it.
@@ -70,17 +71,22 @@ Stored find_stored(const Metadata& metadata, const MetadataIndex& index) {
 /// A file of the checkpoint that counts what is read of it.
 class CountedFile {
  public:
-  CountedFile(const RandomAccessFile& file, ReadCounters& counters) : file_(file), counters_(counters) {}
+  CountedFile(const RandomAccessFile& file, const SidecarFile* sums, ReadCounters& counters)
+      : file_(file, sums), counters_(counters) {}
   uint64_t size() const { return file_.size(); }
+  bool is_checked() const { return file_.is_checked(); }
+  uint64_t block_end(uint64_t offset) const { return file_.block_end(offset); }
   void read(uint64_t offset, std::span<const MutableByteSpan> parts, std::string_view what) const {
-    file_.read_scatter(offset, parts, what);
+    const uint64_t read = file_.read(offset, parts, what);
     ++counters_.reads;
-    for (const MutableByteSpan& part : parts) counters_.bytes_read += part.size();
+    counters_.bytes_read += read;
+    counters_.bytes_verify += read;
+    for (const MutableByteSpan& part : parts) counters_.bytes_verify -= part.size();
   }
   void read(uint64_t offset, MutableByteSpan out, std::string_view what) const { read(offset, {&out, 1}, what); }
 
  private:
-  const RandomAccessFile& file_;
+  CheckedFile file_;
   ReadCounters& counters_;
 };
 
@@ -251,22 +257,31 @@ class DirectReader {
     parts_.clear();
     const uint64_t offset = segments_[begin].offset;
     uint64_t end = offset;
+    size_t skipped = 0;
+    uint64_t skipped_to_verify = 0;
     size_t next = begin;
     for (; next < segments_.size(); ++next) {
       const Segment& segment = segments_[next];
-      if (segment.offset < end || segment.offset - end > gap_) break;
+      if (segment.offset < end) break;
+      // What lies in one block with the last segment is read anyway.
+      const bool skip = segment.offset - end <= gap_;
+      if (!skip && payload_ + segment.offset > file_.block_end(payload_ + end)) break;
       if (next != begin && (segment.offset + segment.length - offset > kReadBytes || parts_.size() + 2 > kReadParts)) {
         break;
       }
       if (segment.offset > end) {
-        skipped_.resize(std::max<size_t>(skipped_.size(), gap_));
-        parts_.push_back(MutableByteSpan(skipped_).first(static_cast<size_t>(segment.offset - end)));
+        if (!skip) skipped_to_verify += segment.offset - end;
+        const auto gap = static_cast<size_t>(segment.offset - end);
+        if (skipped_.empty()) skipped_.resize(kReadBytes);
+        parts_.push_back(MutableByteSpan(skipped_).subspan(skipped, gap));
+        skipped += gap;
       }
       parts_.push_back({segment.to, static_cast<size_t>(segment.length)});
       end = segment.offset + segment.length;
     }
     file_.read(payload_ + offset, parts_, "elements of an item");
-    counters_.bytes_payload += end - offset;
+    counters_.bytes_payload += end - offset - skipped_to_verify;
+    counters_.bytes_verify += skipped_to_verify;
     for (const Segment& segment : std::span(segments_).subspan(begin, next - begin)) {
       const MutableByteSpan bytes{segment.to, static_cast<size_t>(segment.length)};
       if (sum_ != nullptr) sum_->add(segment.offset, bytes);
@@ -307,7 +322,7 @@ class DirectReader {
   const uint64_t payload_;  // where the payload begins in the file
   std::vector<Segment> segments_;
   std::vector<MutableByteSpan> parts_;
-  Bytes skipped_;
+  Bytes skipped_;  // what lies between the segments of a read
 };
 
 /// Makes `view` hold `region` of an item; `payload` as for copy_region.
@@ -326,9 +341,11 @@ void deliver(const TensorItem& item, ByteSpan payload, const Box& region, const 
 /// One load's walk over one data file.
 class FileLoad {
  public:
-  FileLoad(const RandomAccessFile& file, LoadPlanner& planner, const FileSystemReaderOptions& options,
-           ReadCounters& counters, std::function<void(uint64_t)> on_read)
-      : file_(file, counters),
+  /// `sums`: null where there are none.
+  FileLoad(const RandomAccessFile& file, const SidecarFile* sums, LoadPlanner& planner,
+           const FileSystemReaderOptions& options, ReadCounters& counters, std::function<void(uint64_t)> on_read)
+      : file_(file, sums, counters),
+        verify_records_(options.verify_checksums && !file_.is_checked()),
         planner_(planner),
         options_(options),
         counters_(counters),
@@ -400,7 +417,7 @@ class FileLoad {
     const TensorItem item = read_header(stored, MemorySource(bytes));
     const ByteSpan payload =
         bytes.subspan(static_cast<size_t>(item.payload_offset), static_cast<size_t>(item.payload_size));
-    if (options_.verify_checksums && item.crc32) require_crc(*item.crc32, crc32(payload));
+    if (verify_records_ && item.crc32) require_crc(*item.crc32, crc32(payload));
     counters_.bytes_payload += payload.size();
     for (const ReadItem* want : stored.wants) {
       const MutableTensorView view = resolve(planner_, *want, item.dtype);
@@ -414,7 +431,7 @@ class FileLoad {
   }
 
   void take_value(const Stored& stored, ByteSpan bytes) {
-    if (options_.verify_checksums) verify_archive(MemorySource(bytes));
+    if (verify_records_) verify_archive(MemorySource(bytes));
     for (const ReadItem* want : stored.wants) planner_.load_bytes(*want, bytes);
   }
 
@@ -427,7 +444,7 @@ class FileLoad {
       return;
     }
     const TensorItem item = read_header(stored, FileSource(file_, *stored.place));
-    const bool verify = options_.verify_checksums && item.crc32 && stored.wanted_bytes >= stored.element_bytes;
+    const bool verify = verify_records_ && item.crc32 && stored.wanted_bytes >= stored.element_bytes;
     PayloadSum sum;
     if (item.is_dense() && !item.conj && !item.neg) {
       DirectReader reader(file_, stored, item, options_.coalesce_gap, verify ? &sum : nullptr, counters_, on_read_);
@@ -478,6 +495,7 @@ class FileLoad {
   }
 
   CountedFile file_;
+  const bool verify_records_;  // by their zip CRC-32
   LoadPlanner& planner_;
   const FileSystemReaderOptions& options_;
   ReadCounters& counters_;
@@ -509,12 +527,14 @@ Metadata FileSystemReader::read_metadata() {
     throw Error(ErrorCode::kNotFound, "the directory holds no checkpoint, or one that was never finished",
                 {.file = directory, .wanted = kMetadataFileName});
   }
-  return with_error_context({.file = path},
-                            [&] { return decode_metadata(file_system_.read_file(path, kMaxMetadataBytes)); });
+  return with_error_context({.file = path}, [&] {
+    return decode_metadata(file_system_.read_file(path, kMaxMetadataBytes), options_.verify_checksums);
+  });
 }
 
 void FileSystemReader::set_up_storage_reader(const Metadata& metadata) {
   metadata_ = &metadata;
+  sidecars_ = std::make_unique<Sidecars>(directory_, file_system_, metadata);
   counters_ = {};
 }
 
@@ -570,9 +590,15 @@ void FileSystemReader::read_data(const LoadPlan& plan, LoadPlanner& planner, con
       size_t end = begin;
       const std::string& path = items[begin].place->relative_path;
       while (end < items.size() && items[end].place->relative_path == path) ++end;
-      const auto file = with_error_context({.key = items[begin].index->fqn, .file = path},
-                                           [&] { return file_system_.open_beneath(directory_, path); });
-      FileLoad(*file, planner, options_, counters_, on_read).read(std::span(items).subspan(begin, end - begin));
+      const ErrorContext context_of_file{.key = items[begin].index->fqn, .file = path};
+      const auto file =
+          with_error_context(context_of_file, [&] { return file_system_.open_beneath(directory_, path); });
+      const SidecarFile* sums = with_error_context(
+          context_of_file, [&] { return options_.verify_checksums ? sidecars_->of_file(path) : nullptr; });
+      counters_.bytes_sidecars = sidecars_->bytes_read();
+      auto load = with_error_context(context_of_file,
+                                     [&] { return FileLoad(*file, sums, planner, options_, counters_, on_read); });
+      load.read(std::span(items).subspan(begin, end - begin));
       begin = end;
     }
   });

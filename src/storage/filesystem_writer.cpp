@@ -87,7 +87,7 @@ void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const F
   plan.storage.assign(plan.items.size(), {});
   int64_t number = first_file_number;
   for (const Bucket& bucket : fill_buckets(plan.items, options)) {
-    const std::string name = data_file_name(rank, number++);
+    const std::string name = to_string(DataFileName{static_cast<int64_t>(rank), number++});
     uint64_t end = 0;
     for (const size_t i : bucket) {
       const WriteItem& item = plan.items[i];
@@ -105,8 +105,8 @@ void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const F
 // --- writing
 // -----------------------------------------------------------------------------------------------------------
 
-/// Collects consecutive parts of one file and writes them in calls of several MiB. Parts are borrowed: their memory
-/// must live until the next flush, which `keep` sees to.
+/// Collects consecutive parts of one file, sums them, and writes them in calls of several MiB. Parts are borrowed: their
+/// memory must live until the next flush, which `keep` sees to.
 class GatheringWriter {
  public:
   GatheringWriter(WritableFile& file, std::function<void(uint64_t)> on_written)
@@ -114,21 +114,24 @@ class GatheringWriter {
 
   uint64_t position() const { return begin_ + pending_; }
 
-  void add(ByteSpan part) {
-    if (part.empty()) return;
-    if (!parts_.empty() && parts_.back().data() + parts_.back().size() == part.data()) {
-      parts_.back() = {parts_.back().data(), parts_.back().size() + part.size()};
-    } else {
-      parts_.push_back(part);
+  void add(ByteSpan bytes) {
+    // Summed and written while still in the cache.
+    for (; !bytes.empty(); bytes = bytes.subspan(std::min<size_t>(bytes.size(), kCrcBytes))) {
+      const ByteSpan piece = bytes.first(std::min<size_t>(bytes.size(), kCrcBytes));
+      sums_.add(piece);
+      put(piece);
     }
-    pending_ += part.size();
-    if (pending_ >= kWriteBytes) flush();
   }
   /// Adds bytes that the writer owns from here on.
   void add(Bytes bytes) {
+    if (bytes.empty()) return;
+    sums_.add(bytes);
     owned_.push_back(std::move(bytes));
-    add(ByteSpan(owned_.back()));
+    put(owned_.back());
   }
+  /// Ends a part of the sums here; returns the CRC-32 of it.
+  uint32_t cut() { return sums_.cut(); }
+  SidecarFile finish_sums(std::string name) { return sums_.finish(std::move(name)); }
   void pad_to(uint64_t offset) {
     if (offset > position()) add(Bytes(offset - position()));
   }
@@ -149,8 +152,19 @@ class GatheringWriter {
   }
 
  private:
+  void put(ByteSpan part) {
+    if (!parts_.empty() && parts_.back().data() + parts_.back().size() == part.data()) {
+      parts_.back() = {parts_.back().data(), parts_.back().size() + part.size()};
+    } else {
+      parts_.push_back(part);
+    }
+    pending_ += part.size();
+    if (pending_ >= kWriteBytes) flush();
+  }
+
   WritableFile& file_;
   std::function<void(uint64_t)> on_written_;
+  BlockSummer sums_;
   uint64_t begin_ = 0;    // where the pending parts go
   uint64_t pending_ = 0;  // their bytes
   std::vector<ByteSpan> parts_;
@@ -158,51 +172,30 @@ class GatheringWriter {
   std::vector<std::shared_ptr<const void>> kept_;
 };
 
-/// Adds the bytes and returns the CRC-32 of them and what came before.
-uint32_t add_summed(GatheringWriter& out, ByteSpan bytes, uint32_t crc) {
-  while (!bytes.empty()) {
-    const ByteSpan block = bytes.first(std::min<size_t>(bytes.size(), kCrcBytes));
-    crc = crc32(block, crc);
-    out.add(block);
-    bytes = bytes.subspan(block.size());
-  }
-  return crc;
-}
-
-/// The same for the elements of a view that is not contiguous, made dense block by block.
-uint32_t add_strided(GatheringWriter& out, const TensorView& view) {
-  const int64_t size = element_size(view.dtype);
-  const int64_t total = volume(view.sizes);
-  const int64_t block = static_cast<int64_t>(kWriteBytes) / size;
+/// Adds the elements and returns their CRC-32.
+uint32_t add_payload(GatheringWriter& out, const TensorView& view, uint64_t size) {
+  // A payload of a block or more is a part of its own, and the sum of the part is the one that the archive wants.
+  const bool is_part = size >= kBlockBytes;
   uint32_t crc = 0;
-  for (int64_t begin = 0; begin < total; begin += block) {
-    const int64_t end = std::min(begin + block, total);
-    Bytes dense(static_cast<size_t>((end - begin) * size));
-    std::byte* to = dense.data();
-    for (const Box& box : flat_range_to_boxes(view.sizes, begin, end)) {
-      int64_t first = 0;
-      for (size_t d = 0; d < box.offsets.size(); ++d) first += box.offsets[d] * view.strides[d];
-      copy_strided(view.data + first * size, view.strides, to, contiguous_strides(box.sizes), box.sizes, size);
-      to += volume(box.sizes) * size;
-    }
-    crc = crc32(dense, crc);
-    out.add(std::move(dense));
+  const auto add = [&](auto bytes) {
+    if (!is_part) crc = crc32(bytes, crc);
+    out.add(std::move(bytes));
+  };
+  if (is_part) out.cut();
+  if (is_contiguous(view.sizes, view.strides)) {
+    add(ByteSpan(view.data, static_cast<size_t>(size)));
+  } else {
+    for_each_dense_block(view, kWriteBytes, add);
   }
-  return crc;
+  return is_part ? out.cut() : crc;
 }
-
-struct Written {
-  uint32_t payload_crc = 0;  // of a value: of all of it
-  uint32_t item_crc = 0;
-  uint64_t payload_offset = 0;
-};
 
 [[noreturn]] void disagree(const char* what, const std::string& wanted, const std::string& found) {
   throw Error(ErrorCode::kInternal, std::string(what) + " is not as planned", {.wanted = wanted, .found = found});
 }
 
-Written write_item(GatheringWriter& out, const WriteItem& item, const StorageInfo& place, const SavePlanner& planner,
-                   uint32_t alignment) {
+void write_item(GatheringWriter& out, const WriteItem& item, const StorageInfo& place, const SavePlanner& planner,
+                uint32_t alignment) {
   out.pad_to(place.offset);
   if (out.position() != place.offset) {
     disagree("place of an item", std::to_string(place.offset), std::to_string(out.position()));
@@ -212,8 +205,8 @@ Written write_item(GatheringWriter& out, const WriteItem& item, const StorageInf
     if (value.size() != place.length) {
       disagree("length of a value", std::to_string(place.length), std::to_string(value.size()));
     }
-    const uint32_t crc = add_summed(out, value, 0);
-    return {crc, crc, 0};
+    out.add(value);
+    return;
   }
   const TensorView view = planner.resolve_tensor(item);
   const TensorArchive archive = archive_of(item, alignment);
@@ -227,16 +220,8 @@ Written write_item(GatheringWriter& out, const WriteItem& item, const StorageInf
     disagree("length of an item", std::to_string(place.length), std::to_string(archive.length()));
   }
   out.keep(view.owner);
-  Bytes head = archive.head();
-  const uint32_t head_crc = crc32(head);
-  out.add(std::move(head));
-  const uint32_t crc = is_contiguous(view.sizes, view.strides)
-                           ? add_summed(out, {view.data, static_cast<size_t>(archive.payload_size())}, 0)
-                           : add_strided(out, view);
-  Bytes tail = archive.tail(crc);
-  const uint32_t item_crc = crc32(tail, crc32_combine(head_crc, crc, archive.payload_size()));
-  out.add(std::move(tail));
-  return {crc, item_crc, archive.payload_offset()};
+  out.add(archive.head());
+  out.add(archive.tail(add_payload(out, view, archive.payload_size())));
 }
 
 /// The items of one data file, by offset.
@@ -322,7 +307,8 @@ void FileSystemWriter::begin_save(const std::string&) {
   bool has_metadata = false;
   for (const std::string& name : file_system_.list(directory_)) {
     if (name == kMetadataFileName) has_metadata = true;
-    if (const auto number = data_file_number(name)) first_file_number_ = std::max(first_file_number_, *number + 1);
+    if (const auto data = parse_data_file_name(name))
+      first_file_number_ = std::max(first_file_number_, data->number + 1);
   }
   if (!has_metadata) return;
   const std::string path = join_path(directory_, kMetadataFileName);
@@ -332,7 +318,7 @@ void FileSystemWriter::begin_save(const std::string&) {
   try {
     const Metadata old = decode_metadata(file_system_.read_file(path, kMaxMetadataBytes));
     for (const auto& [index, place] : old.storage_data) {
-      if (data_file_number(place.relative_path)) replaced_.insert(place.relative_path);
+      if (parse_data_file_name(place.relative_path)) replaced_.insert(place.relative_path);
     }
   } catch (const Error& error) {
     replaced_.clear();
@@ -355,18 +341,17 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
     disagree("number of places", std::to_string(plan.items.size()), std::to_string(plan.storage.size()));
   }
   written_.clear();
+  sidecar_digest_.reset();
   uint64_t total = 0;
   for (const StorageInfo& place : plan.storage) total += place.length;
 
   std::vector<WriteResult> results(plan.items.size());
-  std::vector<uint64_t> payload_offsets(plan.items.size());
   const std::vector<FileJob> jobs = jobs_of(plan);
   Sidecar sidecar{.library_version = {},
                   .save_id = context.save_id,
                   .rank = context.rank,
                   .world_size = context.world_size,
-                  .files = std::vector<SidecarFile>(jobs.size()),
-                  .items = std::vector<SidecarItem>(plan.items.size())};
+                  .files = std::vector<SidecarFile>(jobs.size())};
   std::atomic<uint64_t> done = 0;
   std::atomic<bool> failed = false;
   std::mutex mutex;  // of written_
@@ -389,15 +374,12 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
     for (const size_t i : job.items) {
       const WriteItem& item = plan.items[i];
       const StorageInfo& place = plan.storage[i];
-      const Written written = with_error_context({.key = item.index.fqn, .file = job.name}, [&] {
-        return write_item(out, item, place, planner, options_.storage_alignment);
-      });
-      results[i] = {item.index, place, written.payload_crc};
-      sidecar.items[i] = {static_cast<uint32_t>(number), place.offset, place.length, written.payload_offset,
-                          written.item_crc};
+      with_error_context({.key = item.index.fqn, .file = job.name},
+                         [&] { write_item(out, item, place, planner, options_.storage_alignment); });
+      results[i] = {item.index, place};
     }
     out.flush();
-    sidecar.files[number] = {job.name, out.position()};
+    sidecar.files[number] = out.finish_sums(job.name);
     test_point("save.before_data_sync");
     if (options_.sync_files) file->sync();
     file->close();
@@ -407,11 +389,13 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
     run_parallel(jobs.size(), static_cast<size_t>(options_.thread_count), failed, write_file);
     test_point("save.before_sidecar");
     const auto file = create(sidecar_name(context.save_id, context.rank));
-    file->write(0, encode_sidecar(sidecar));
+    const Bytes bytes = encode_sidecar(sidecar);
+    file->write(0, bytes);
     if (options_.sync_files) file->sync();
     file->close();
     test_point("save.before_directory_sync");
     if (options_.sync_files) file_system_.sync_directory(directory_);
+    sidecar_digest_ = reshard::sidecar_digest(bytes);
   });
   return results;
 }

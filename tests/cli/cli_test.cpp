@@ -203,7 +203,8 @@ TEST_F(CliTest, VerifyNamesEachProblemOnALine) {
   const CommandResult run = reshard_command({"verify", path()});
   EXPECT_EQ(run.exit_code, 1);
   EXPECT_THAT(run.err, HasSubstr("key model.weight, file __1_0.distcp, offset "));
-  EXPECT_THAT(run.err, HasSubstr("a sidecar is missing; file .reshard-" + saved_.save_id + "-0"));
+  EXPECT_THAT(run.err,
+              HasSubstr("the sidecar with the checksums of rank 0 is missing; file .reshard-" + saved_.save_id + "-0"));
   EXPECT_THAT(run.out, HasSubstr("broken"));
 }
 

@@ -44,7 +44,7 @@ Metadata example() {
                         {"__0_0.distcp", 200000, 2000, {}});  // a wrong hint is only a hint
   m.storage_meta = StorageMeta{"/ckpt/a", "17393829-ce51-471d-b4d3-3223f2ae1c3a", std::nullopt, {"m"}};
   m.version = kMetadataVersion;
-  m.sidecars = 2;
+  m.sidecars.emplace(2)[1].fill(std::byte{0xA5});
   return m;
 }
 
@@ -272,8 +272,17 @@ TEST(DecodeMetadataTest, BrokenPartsAreNamed) {
   refuse(kCorrupt, "not in the catalogue", [](auto& b) {
     b.more_storage = {{b.index("ghost", {{2}}), b.info("other", 0)}};
   });
-  refuse(kCorrupt, "negative number of sidecars", [](auto& b) {
-    b.more_attributes = {{b.tree.str("reshard_sidecars"), Tree::integer(-1)}};
+  for (const Value& wrong : {Tree::integer(1), Tree::boolean(true)}) {
+    refuse(kCorrupt, "digests of the sidecars", [&](auto& b) {
+      b.more_attributes = {{b.tree.str("reshard_sidecars"), wrong}};
+    });
+  }
+  refuse(kCorrupt, "digests of the sidecars", [](auto& b) {
+    b.more_attributes = {{b.tree.str("reshard_sidecars"), b.tree.bytes(as_bytes("of no whole number"))}};
+  });
+  // A catalogue of this library has its digest.
+  refuse(kCorrupt, "has no digest", [](auto& b) {
+    b.more_attributes = {{b.tree.str("reshard_sidecars"), b.tree.bytes({})}};
   });
   for (const char* path : {"", "/etc/passwd", "../up", "a/../../b", "a//b", "a\\b"}) {
     refuse(kCorrupt, "path of a data file", [&](auto& b) { replace(b.first_info, "relative_path", b.tree.str(path)); });

@@ -3,6 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <functional>
+
+#include "reshard/format/crc32.h"
 #include "support/expect_error.h"
 
 namespace reshard {
@@ -15,8 +19,9 @@ Sidecar example() {
   sidecar.save_id = "17393829-ce51-471d-b4d3-3223f2ae1c3a";
   sidecar.rank = 3;
   sidecar.world_size = 4;
-  sidecar.files = {{"__3_0.distcp", 1 << 20}, {"sub/__3_1.distcp", uint64_t{1} << 40}};
-  sidecar.items = {{0, 0, 1705, 704, 0xDEADBEEF}, {1, uint64_t{1} << 39, 1577, 704, 0}, {0, 1705, 1261, 0, 1}};
+  sidecar.files = {{"__3_0.distcp", 10000, {704, 704 + 4096}, {1, 0xDEADBEEF, 3, 4}},
+                   {"sub/__3_1.distcp", 4097, {}, {5, 6}},
+                   {"__3_2.distcp", 0, {}, {}}};
   return sidecar;
 }
 // The body with a digest that fits it: what a forger would write.
@@ -27,7 +32,7 @@ Bytes sealed(Bytes body) {
 }
 ByteWriter begin_body(uint64_t rank = 0, uint64_t world_size = 1) {
   ByteWriter out;
-  out.text("RESHARD\x01");
+  out.text("RESHARD\x02");
   out.string("1.2.3");
   out.string("id");
   out.varint(rank);
@@ -62,8 +67,8 @@ TEST(SidecarTest, NoChangedByteAndNoTruncationPasses) {
 
 TEST(SidecarTest, AnotherLayoutIsNamed) {
   Bytes bytes = encode_sidecar(example());
-  bytes[7] = std::byte{2};
-  EXPECT_ERROR(ErrorCode::kUnsupported, "wanted 1, found 2", decode_sidecar(bytes));
+  bytes[7] = std::byte{1};
+  EXPECT_ERROR(ErrorCode::kUnsupported, "wanted 2, found 1", decode_sidecar(bytes));
 }
 
 TEST(SidecarTest, ContentsAreCheckedBehindARightDigest) {
@@ -78,39 +83,71 @@ TEST(SidecarTest, ContentsAreCheckedBehindARightDigest) {
   out.varint(uint64_t{1} << 60);  // files
   refuse("ends too early", out);
   out = begin_body();
-  out.varint(0);
-  out.varint(uint64_t{1} << 60);  // items
-  refuse("ends too early", out);
-  out = begin_body();
   out.varint(1);
   out.string("../escape");
   out.varint(5);
   out.varint(0);
   refuse("..", out);
 
-  const auto one_item = [](uint64_t file, uint64_t offset, uint64_t length, uint64_t payload) {
+  const auto one_file = [](uint64_t size, const std::vector<uint64_t>& distances, size_t sums) {
     ByteWriter body = begin_body();
     body.varint(1);
     body.string("file");
-    body.varint(100);
-    body.varint(1);
-    for (const uint64_t v : {file, offset, length, payload}) body.varint(v);
-    body.u32(0);
+    body.varint(size);
+    body.varint(distances.size());
+    for (const uint64_t distance : distances) body.varint(distance);
+    for (size_t i = 0; i < sums; ++i) body.u32(0);
     return body;
   };
-  out = one_item(0, 40, 60, 60);
-  EXPECT_EQ(decode_sidecar(sealed(out.take())).items.size(), 1u);
-  out = one_item(1, 0, 1, 0);
-  refuse("not listed", out);
-  out = one_item(0, 40, 61, 0);
+  out = one_file(100, {40, 59}, 3);
+  EXPECT_EQ(decode_sidecar(sealed(out.take())).files.at(0).cuts, (std::vector<uint64_t>{40, 99}));
+  out = one_file(100, {0}, 2);
+  refuse("part is empty", out);
+  out = one_file(100, {40, 60}, 3);
   refuse("leaves its file", out);
-  out = one_item(0, ~uint64_t{0}, 2, 0);
+  out = one_file(100, {40, ~uint64_t{0}}, 3);
   refuse("leaves its file", out);
-  out = one_item(0, 0, 50, 51);
-  refuse("payload leaves its item", out);
-  out = one_item(0, 0, 1, 0);
-  out.u8(0);
+  out = one_file(8193, {}, 2);
+  refuse("fewer sums than blocks", out);
+  out = one_file(~uint64_t{0}, {1}, 2);
+  refuse("fewer sums than blocks", out);
+  out = one_file(8192, {}, 3);
   refuse("bytes left over", out);
+}
+
+// The sums of a file do not depend on how its bytes came, and each names the bytes up to its block's end.
+TEST(BlockSummerTest, SumsBlocksAndParts) {
+  Bytes bytes(20000);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 2654435761u >> 24);
+  for (const size_t step : {size_t{1}, size_t{1000}, size_t{4096}, size_t{20000}}) {
+    BlockSummer summer;
+    const auto add = [&](size_t begin, size_t end) {
+      for (size_t at = begin; at < end; at += step) {
+        summer.add(ByteSpan(bytes).subspan(at, std::min(step, end - at)));
+      }
+    };
+    add(0, 704);
+    EXPECT_EQ(summer.cut(), crc32(ByteSpan(bytes).first(704)));
+    add(704, 704 + 8192);
+    EXPECT_EQ(summer.cut(), crc32(ByteSpan(bytes).subspan(704, 8192)));
+    add(704 + 8192, bytes.size());
+    const SidecarFile file = summer.finish("f");
+    EXPECT_EQ(file.relative_path, "f");
+    EXPECT_EQ(file.size, bytes.size());
+    EXPECT_EQ(file.cuts, (std::vector<uint64_t>{704, 8896}));
+    ASSERT_EQ(file.sums.size(), 1u + 2 + 3);
+    const BlockMap map(file);
+    uint64_t begin = 0;
+    for (size_t n = 0; n < file.sums.size(); ++n) {
+      const BlockMap::Block block = map.at(begin);
+      EXPECT_EQ(block.begin, begin);
+      EXPECT_EQ(block.sum, file.sums[n]);
+      EXPECT_EQ(map.at(block.end - 1).begin, begin);
+      EXPECT_EQ(crc32(ByteSpan(bytes).subspan(begin, block.end - begin), block.seed), block.sum);
+      begin = block.end;
+    }
+    EXPECT_EQ(begin, bytes.size());
+  }
 }
 
 TEST(SidecarTest, NamesAreRecognised) {

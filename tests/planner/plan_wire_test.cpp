@@ -121,7 +121,10 @@ Metadata random_catalogue(Random& random) {
     metadata.storage_meta = StorageMeta{"/some/where", "an-id", {}, {"m", ""}};
   }
   if (random_between(random, 0, 1) == 0) metadata.version = kMetadataVersion;
-  if (random_between(random, 0, 1) == 0) metadata.sidecars = random_between(random, 0, 100);
+  if (random_between(random, 0, 1) == 0) {
+    auto& sidecars = metadata.sidecars.emplace(static_cast<size_t>(random_between(random, 0, 100)));
+    for (SidecarDigest& digest : sidecars) digest.fill(static_cast<std::byte>(random_between(random, 0, 255)));
+  }
   return metadata;
 }
 

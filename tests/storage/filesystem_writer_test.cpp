@@ -150,9 +150,9 @@ TEST(FileSystemWriterTest, GathersSmallItemsIntoLargeWrites) {
   EXPECT_EQ(files.calls(FileCall::kRead), 0u);
 }
 
-TEST(FileSystemWriterTest, SumsPayloadsInReceiptsAndItemsInTheSidecar) {
+TEST(FileSystemWriterTest, SumsEveryBlockOfItsFilesInTheSidecar) {
   TemporaryDirectory directory;
-  MemorySaveState state({replica_entry("t", {3})});
+  MemorySaveState state({replica_entry("small", {3}), replica_entry("large", {2500}), replica_entry("block", {1024})});
   state.add_value("v", value_archive("text"));
   DefaultSavePlanner planner;
   FileSystemWriter writer(directory.path());
@@ -161,21 +161,33 @@ TEST(FileSystemWriterTest, SumsPayloadsInReceiptsAndItemsInTheSidecar) {
   GlobalSavePlan global = planner.create_global_plan({planner.create_local_plan()});
   const SavePlan plan = planner.finish_plan(writer.prepare_global_plan(std::move(global.plans))[0]);
   const auto results = writer.write_data(plan, planner, {.save_id = "the-id", .progress = {}});
-  const Sidecar sidecar = decode_sidecar(local_file_system().read_file(directory / sidecar_name("the-id", 0), 1 << 20));
-  ASSERT_EQ(results.size(), 2u);
-  EXPECT_EQ(results[0].crc32, crc32(state.memory().buffer(0)));
-  EXPECT_EQ(results[1].crc32, crc32(state.memory().buffer(1)));
-  EXPECT_EQ(results[0].storage, plan.storage[0]);
+  const Bytes bytes = local_file_system().read_file(directory / sidecar_name("the-id", 0), 1 << 20);
+  const Sidecar sidecar = decode_sidecar(bytes);
+  EXPECT_EQ(writer.sidecar_digest(), sidecar_digest(bytes));
+  ASSERT_EQ(results.size(), 4u);
+  for (size_t i = 0; i < results.size(); ++i) EXPECT_EQ(results[i].storage, plan.storage[i]);
   EXPECT_EQ(sidecar.save_id, "the-id");
-  const uint64_t end = plan.storage[0].offset + plan.storage[0].length;
-  EXPECT_THAT(sidecar.files, ElementsAre(SidecarFile{"__0_0.distcp", end}));
-  const uint64_t payload = TensorArchive(DType::kFloat32, {3}).payload_offset();
-  // The sidecar's sums are of whole items.
+
   const Bytes file = local_file_system().read_file(directory / "__0_0.distcp", 1 << 20);
-  const auto sum = [&](const StorageInfo& place) { return crc32(ByteSpan(file).subspan(place.offset, place.length)); };
-  EXPECT_THAT(sidecar.items,
-              ElementsAre(SidecarItem{0, plan.storage[0].offset, plan.storage[0].length, payload, sum(plan.storage[0])},
-                          SidecarItem{0, plan.storage[1].offset, plan.storage[1].length, 0, results[1].crc32}));
+  ASSERT_EQ(sidecar.files.size(), 1u);
+  EXPECT_EQ(sidecar.files[0].relative_path, "__0_0.distcp");
+  EXPECT_EQ(sidecar.files[0].size, file.size());
+  // The payloads of a block and more are parts; the others, and all headers, lie between them.
+  const auto payload = [&](size_t item, const Dims& size) {
+    return plan.storage[item].offset + TensorArchive(DType::kFloat32, size).payload_offset();
+  };
+  EXPECT_THAT(sidecar.files[0].cuts, ElementsAre(payload(1, {2500}), payload(1, {2500}) + 10000, payload(2, {1024}),
+                                                 payload(2, {1024}) + 4096));
+  const BlockMap map(sidecar.files[0]);
+  for (uint64_t at = 0; at < file.size();) {
+    const BlockMap::Block block = map.at(at);
+    EXPECT_EQ(crc32(ByteSpan(file).subspan(at, block.end - at), block.seed), block.sum) << at;
+    at = block.end;
+  }
+  // And the archives have right CRC-32s, made from the same sums.
+  for (const StorageInfo& place : plan.storage) {
+    EXPECT_EQ(verify_archive(MemorySource(ByteSpan(file).subspan(place.offset, place.length))).without_crc, 0u);
+  }
   writer.abandon();
   EXPECT_THAT(names_in(directory.path()), ElementsAre());
 }

@@ -98,7 +98,7 @@ class MemoryWriter final : public StorageWriter {
           done += element;
         });
       }
-      results.push_back({item.index, storage, 0});
+      results.push_back({item.index, storage});
       if (context.progress) context.progress({"write", i + 1, plan.items.size()});
     }
     const std::lock_guard lock(store_.mutex_);

@@ -3,6 +3,8 @@
 // The catalogue of a DCP checkpoint as plain values, named as in torch.distributed.checkpoint.metadata. Bytes, files
 // and ranks are not known here; format/dcp_metadata.h turns it into a `.metadata` file and back.
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -87,6 +89,9 @@ struct StorageMeta {
   friend bool operator==(const StorageMeta&, const StorageMeta&) = default;
 };
 
+/// SHA-256 of a sidecar's contents.
+using SidecarDigest = std::array<std::byte, 32>;
+
 /// The whole catalogue. Order of all three maps is the order on disk.
 struct Metadata {
   OrderedMap<std::string, StorageMetadata> state_dict_metadata;
@@ -94,9 +99,9 @@ struct Metadata {
   OrderedMap<MetadataIndex, StorageInfo, MetadataIndexHash> storage_data;
   std::optional<StorageMeta> storage_meta;
   std::optional<std::string> version;
-  /// Number of `.reshard-<save_id>-<rank>` sidecars that belong to this save; absent where PyTorch wrote the
+  /// SHA-256 of each `.reshard-<save_id>-<rank>` sidecar of this save, by rank; absent where PyTorch wrote the
   /// checkpoint.
-  std::optional<int64_t> sidecars;
+  std::optional<std::vector<SidecarDigest>> sidecars;
   friend bool operator==(const Metadata&, const Metadata&) = default;
 };
 

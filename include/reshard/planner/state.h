@@ -4,6 +4,7 @@
 // StateDict to these two interfaces; tests use plain buffers.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -55,6 +56,9 @@ struct MutableTensorView {
 };
 /// True if elements lie row-major without gaps (always for a view without elements).
 bool is_contiguous(const Dims& sizes, const Dims& strides);
+
+/// The elements of a view, row-major and without gaps, in pieces of about `block_bytes`: one call of fn a piece.
+void for_each_dense_block(const TensorView& view, uint64_t block_bytes, const std::function<void(Bytes)>& fn);
 
 /// A state dict to be saved, on this rank. const methods are thread-safe.
 class SaveState {

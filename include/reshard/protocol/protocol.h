@@ -8,8 +8,8 @@
 //   1. every rank plans, sends its plan                     -> coordinator
 //      it dedups, validates, places every item, and answers
 //      each rank with its own part                          -> all
-//   2. every rank writes durably and votes (36 bytes:
-//      digests of its plan and of its receipts)             -> coordinator
+//   2. every rank writes durably and votes (65 bytes:
+//      digests of its plan, its receipts and its sidecar)   -> coordinator
 //      it holds the receipts against the plan, commits, and
 //      tells the outcome                                    -> all
 // Load: three round trips

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -45,6 +46,7 @@ class FileSystemWriter final : public StorageWriter {
   std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override;
   std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,
                                       const StorageContext& context) override;
+  std::optional<SidecarDigest> sidecar_digest() const override { return sidecar_digest_; }
   void finish(const Metadata& metadata, const StorageContext& context, Committed& committed) override;
   void abandon() noexcept override;
 
@@ -58,11 +60,14 @@ class FileSystemWriter final : public StorageWriter {
   FileSystem& file_system_;
   std::set<std::string> replaced_;    // files of the committed checkpoint, known to the coordinator
   std::vector<std::string> written_;  // files this rank made in this save
-  int64_t first_file_number_ = 0;     // n of the first `__<rank>_<n>.distcp` of this save
+  std::optional<SidecarDigest> sidecar_digest_;
+  int64_t first_file_number_ = 0;  // n of the first `__<rank>_<n>.distcp` of this save
 };
 
 struct FileSystemReaderOptions {
-  /// Check the zip CRC-32 of every record that is read whole.
+  /// Check all that is read. In a checkpoint of this library these are the blocks of 4 KiB that the wanted bytes lie in,
+  /// which are read whole, by the sums of the sidecars; a missing or wrong sidecar is an error. In one of PyTorch's,
+  /// every record that is read whole, by its zip CRC-32.
   bool verify_checksums = true;
   /// Neighbouring ranges of a file closer than this many bytes are read in one call.
   uint32_t coalesce_gap = 0;
@@ -70,12 +75,16 @@ struct FileSystemReaderOptions {
 
 /// What a load moved. Exact, so that tests can gate on it.
 struct ReadCounters {
-  uint64_t bytes_needed = 0;   // elements wanted by the plan, in bytes
-  uint64_t bytes_payload = 0;  // bytes of tensor payload read for them
-  uint64_t bytes_read = 0;     // all bytes read from data files, headers included
-  uint64_t reads = 0;          // read calls
-  uint64_t bytes_staged = 0;   // payload bytes that were not read straight into their destination
+  uint64_t bytes_needed = 0;    // elements wanted by the plan, in bytes
+  uint64_t bytes_payload = 0;   // bytes of tensor payload read for them
+  uint64_t bytes_verify = 0;    // read only because they are in one block with wanted ones
+  uint64_t bytes_read = 0;      // all bytes read from data files, headers and bytes_verify included
+  uint64_t reads = 0;           // read calls
+  uint64_t bytes_staged = 0;    // payload bytes that were not read straight into their destination
+  uint64_t bytes_sidecars = 0;  // of sidecars
 };
+
+class Sidecars;
 
 class FileSystemReader final : public StorageReader {
  public:
@@ -92,6 +101,7 @@ class FileSystemReader final : public StorageReader {
   FileSystemReaderOptions options_;
   FileSystem& file_system_;
   const Metadata* metadata_ = nullptr;
+  std::unique_ptr<Sidecars> sidecars_;  // those read so far
   ReadCounters counters_;
 };
 

@@ -16,6 +16,7 @@
 //   3. all ranks      read_data(plan, planner, context)
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,7 +39,6 @@ struct StorageContext {
 struct WriteResult {
   MetadataIndex index;
   StorageInfo storage;
-  uint32_t crc32 = 0;  // zip CRC-32 of the payload
   friend bool operator==(const WriteResult&, const WriteResult&) = default;
 };
 
@@ -53,6 +53,9 @@ class StorageWriter {
   /// Writes plan.items to plan.storage. Receipts come in the order of the items.
   virtual std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,
                                               const StorageContext& context) = 0;
+  /// After write_data: the digest of the sidecar that it wrote, which goes into the catalogue. Nothing from a storage
+  /// without sidecars.
+  virtual std::optional<SidecarDigest> sidecar_digest() const { return std::nullopt; }
   /// Makes the save the one that readers find. `committed` tells how far it came, also when it throws: kNo until the
   /// point of no return, kUnknown while that is not known to be durable, kYes after it. Clean-up of the older
   /// checkpoint's files comes last and only warns.

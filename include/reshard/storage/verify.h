@@ -28,11 +28,12 @@ struct VerifyReport {
   uint64_t bytes = 0;  // of all items
 };
 
-/// Checks, in this order: the catalogue; that the chunks of every tensor tile it; every item: that its range lies in
-/// its file and overlaps no other, its zip headers, the CRC-32 of each record, that it is the tensor of the catalogue;
-/// every sidecar, where the save has them: present, of this save, unchanged, equal to the catalogue and to the data;
-/// then also that nothing but zeros lies between the items. Throws (kNotFound, kCorruptData, ...) only if the catalogue
-/// cannot be read. `progress` is called after each item.
+/// Checks the catalogue; that the chunks of every tensor tile it; every sidecar, where the save has them: present and the
+/// one that the catalogue names; every block of every data file against its sum in the sidecar (what a changed byte
+/// breaks is reported once, with file and offset of the block); then, in files without such a change, every item: that
+/// its range lies in its file and overlaps no other, its zip headers, the CRC-32 of each record, that it is the tensor
+/// of the catalogue. Throws (kNotFound, kCorruptData, ...) only if the catalogue cannot be read. `progress` is called
+/// after each item.
 VerifyReport verify_checkpoint(const std::string& directory, FileSystem& file_system = local_file_system(),
                                const ProgressFn& progress = {});
 
