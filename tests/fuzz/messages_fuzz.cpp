@@ -47,7 +47,7 @@ class NoWriter final : public StorageWriter {
       const WriteItem& item = plan.items[i];
       item.type == WriteItemType::kByteIo ? static_cast<void>(planner.resolve_bytes(item))
                                           : static_cast<void>(planner.resolve_tensor(item));
-      results.push_back({item.index, i < plan.storage.size() ? plan.storage[i] : StorageInfo{}, 0});
+      results.push_back({item.index, i < plan.storage.size() ? plan.storage[i] : StorageInfo{}});
     }
     return results;
   }
