@@ -121,7 +121,8 @@ class Decoder {
     if (const Value* sidecars = find(state, kSidecarsAttribute); sidecars != nullptr && !sidecars->is_none()) {
       const auto digests = pickle::plain_bytes(*sidecars);
       constexpr size_t kSize = std::tuple_size_v<SidecarDigest>;
-      if (!digests || digests->size() % kSize != 0) corrupt("digests of the sidecars", "32 bytes each");
+      if (!digests || digests->size() % kSize != 0)
+        corrupt("digests of the sidecars", "32 bytes each", describe(*sidecars));
       auto& list = result.sidecars.emplace(digests->size() / kSize);
       for (size_t i = 0; i < list.size(); ++i) {
         std::ranges::copy(as_bytes(*digests).subspan(i * kSize, kSize), list[i].begin());
