@@ -17,6 +17,7 @@
 
 #include "reshard/format/sha256.h"
 #include "storage/checkpoint_runs.h"
+#include "storage/hostile_checkpoints.h"
 #include "support/oracle.h"
 #include "support/temporary_directory.h"
 
@@ -258,6 +259,33 @@ TEST_F(CliTest, AnErrorIsOneLineAndExitCodeOne) {
     EXPECT_EQ(run.err, "reshard: not found: there is no such checkpoint directory; file " + path() + "/nowhere\n");
   }
 }
+
+/// Every command ends by itself, with exit code 1 where it reads what is wrong, and says so on lines that are fit to print.
+class HostileCliTest : public testing::TestWithParam<HostileCheckpoint> {};
+
+TEST_P(HostileCliTest, IsNamedAndExitCodeOne) {
+  const HostileCheckpoint& hostile = GetParam();
+  const GoodCheckpoint checkpoint;
+  ASSERT_NO_FATAL_FAILURE(hostile.damage(checkpoint));
+  const std::string code = "reshard: " + std::string(to_string(hostile.code)) + ": ";
+  for (const std::string command : {"inspect", "verify", "digest"}) {
+    const CommandResult run = reshard_command({command, checkpoint.path()});
+    const bool reads_values = command == "verify";
+    const bool sees = hostile.seen_by == SeenBy::kCatalogue || reads_values ||
+                      (hostile.seen_by == SeenBy::kLoad && command == "digest");
+    if (sees) {
+      EXPECT_EQ(run.exit_code, 1) << command;
+      EXPECT_THAT(run.err, HasSubstr(code)) << command;
+      EXPECT_THAT(run.err, HasSubstr(hostile.text)) << command;
+    } else {
+      EXPECT_TRUE(run.exit_code == 0 || run.exit_code == 1) << command << ": " << run.exit_code;
+    }
+    for (const char c : run.err) EXPECT_TRUE(c == '\n' || c >= ' ' || (c & 0x80) != 0) << command;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, HostileCliTest, testing::ValuesIn(hostile_checkpoints()),
+                         [](const auto& test) { return std::string(test.param.name); });
 
 TEST_F(CliTest, WrongUsageIsExitCodeTwo) {
   const std::vector<std::vector<std::string>> wrong{{},
