@@ -13,6 +13,7 @@
 
 #include "distributed/cuda_module.h"
 #include "distributed/gloo_backend.h"
+#include "distributed/store_thread.h"
 #include "reshard/core/error.h"
 #include "reshard/core/hooks.h"
 #include "reshard/launch/environment.h"
@@ -21,7 +22,8 @@
 namespace reshard {
 namespace {
 
-constexpr int kAllGatherTag = 0x5a6;  // of the messages that make up an all-gather
+constexpr std::chrono::milliseconds kStoreGrace{500};  // from the end of a wait to the store's word on it
+constexpr int kAllGatherTag = 0x5a6;                   // of the messages that make up an all-gather
 
 std::string join(const std::vector<int>& values) {
   std::string text;
@@ -144,6 +146,7 @@ ProcessGroup::ProcessGroup(std::string name, int rank, std::vector<int> ranks, c
       rank_(rank),
       ranks_(std::move(ranks)),
       store_(std::move(store)),
+      store_threads_(std::make_shared<StoreThreads>(store_)),
       backends_(std::move(backends)),
       timeout_(timeout) {}
 
@@ -255,15 +258,26 @@ void ProcessGroup::broadcast(at::Tensor& tensor, int root) {
 
 void ProcessGroup::barrier() {
   rank();
-  const std::string key = "barrier/" + std::to_string(barriers_++);
+  if (size() == 1) return;
+  const auto fail = [this](ErrorCode code, const std::string& why) {
+    throw Error(code, "barrier on process group \"" + name_ + "\" (global ranks " + join(ranks_) + ") failed: " + why,
+                {.rank = rank_});
+  };
+  auto thread = store_threads_->take();
+  auto met = thread->submit(
+      [key = "barrier/" + std::to_string(barriers_++), n = size(), limit = timeout_](c10d::Store& store) {
+        if (store.add(key, 1) == n) store.set(key + "/done", std::vector<uint8_t>{1});
+        store.wait({key + "/done"}, limit);
+      });
+  if (met.wait_for(timeout_ + kStoreGrace) != std::future_status::ready) {
+    fail(ErrorCode::kTimeout, "the store does not answer; the process that hosts it is stopped or stuck");
+  }
   try {
-    if (store_->add(key, 1) == size()) store_->set(key + "/done", std::vector<uint8_t>{1});
-    store_->wait({key + "/done"}, timeout_);
+    met.get();
+    store_threads_->give_back(std::move(thread));
   } catch (const std::exception& error) {
     const std::string text = first_line(error.what());
-    throw Error(is_timeout(text) ? ErrorCode::kTimeout : ErrorCode::kUnavailable,
-                "barrier on process group \"" + name_ + "\" (global ranks " + join(ranks_) + ") failed: " + text,
-                {.rank = rank_});
+    fail(is_timeout(text) ? ErrorCode::kTimeout : ErrorCode::kUnavailable, text);
   }
 }
 

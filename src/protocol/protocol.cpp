@@ -8,6 +8,7 @@
 #include <numeric>
 #include <optional>
 #include <random>
+#include <set>
 #include <utility>
 
 #include "reshard/format/sha256.h"
@@ -50,6 +51,17 @@ RankFailure caught_failure() noexcept {
     return current_failure();
   } catch (...) {
     return {ErrorCode::kUnavailable, "out of memory"};
+  }
+}
+
+/// The rank that a transport's exception, which is being handled, is the loss of.
+int lost_rank(int otherwise) {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return error.context().rank.value_or(otherwise);
+  } catch (...) {
+    return otherwise;
   }
 }
 
@@ -138,7 +150,7 @@ class Star {
 
   /// Throws if an answer could not be handed over. To be called after the last step.
   void check_all_answered(Step step, Committed committed) const {
-    if (!unreached_.empty()) throw CheckpointError(name_of(operation_, step), unreached_, committed);
+    if (!unanswered_.empty()) throw CheckpointError(name_of(operation_, step), unanswered_, committed);
   }
 
  private:
@@ -171,7 +183,7 @@ class Star {
     } catch (const CheckpointError&) {
       throw;
     } catch (...) {
-      Failures failures{{0, caught_failure()}};
+      Failures failures{{lost_rank(0), caught_failure()}};
       if (part.failure) failures.emplace(rank(), std::move(*part.failure));
       throw CheckpointError(name_of(operation_, step), std::move(failures), unless_told);
     }
@@ -193,7 +205,7 @@ class Star {
   }
 
   Bytes coordinate(Step step, Part part, const Coordination& coordination, const Committed& committed) {
-    Failures failures = unreached_;
+    Failures failures = unanswered_;
     const char* failed_step = name_of(operation_, step);
     if (part.failure) failures.emplace(0, std::move(*part.failure));
     try {
@@ -209,7 +221,7 @@ class Star {
         }
       });
     } catch (...) {
-      failures.emplace(0, caught_failure());
+      failures.emplace(lost_rank(0), caught_failure());
     }
 
     std::vector<Bytes> answers;
@@ -263,14 +275,16 @@ class Star {
         transport_.send(r, answers[answers.size() == 1 ? 0 : static_cast<size_t>(r)]);
       } catch (...) {
         // It waits for an answer that does not come: in the next step nobody must wait for it.
-        unreached_.emplace(r, caught_failure());
+        unreached_.insert(r);
+        unanswered_.emplace(lost_rank(r), caught_failure());
       }
     }
   }
 
   Transport& transport_;
   const Operation operation_;
-  Failures unreached_;
+  std::set<int> unreached_;  // ranks that an answer could not be handed to
+  Failures unanswered_;      // and why
 };
 
 std::string random_uuid() {

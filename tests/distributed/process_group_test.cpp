@@ -9,6 +9,7 @@
 #include <csignal>
 #include <cstdlib>
 
+#include "reshard/distributed/store_transport.h"
 #include "reshard/testing/torch_distributed_test.h"
 #include "support/expect_error.h"
 
@@ -58,6 +59,29 @@ RESHARD_DISTRIBUTED_TEST(ProcessGroupTest, NewGroupsTalkAmongThemselves, .ranks 
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "not a member", other->all_reduce_sum(t));
   for (const std::vector<int>& wrong : {std::vector<int>{}, {0, 4}, {-1}, {1, 1}}) {
     EXPECT_ERROR(ErrorCode::kInvalidArgument, "distinct ranks", new_group(wrong));
+  }
+}
+
+RESHARD_DISTRIBUTED_TEST(ProcessGroupTest, AnyRanksMakeAGroup, .ranks = 4) {
+  process_group();
+  for (int set = 1; set < 16; ++set) {
+    std::vector<int> ranks;
+    for (int r = 3; r >= 0; --r) {
+      if ((set >> r) & 1) ranks.push_back(r);
+    }
+    const auto group = new_group(ranks);
+    EXPECT_EQ(group->is_member(), ((set >> rank()) & 1) == 1);
+    if (!group->is_member()) {
+      EXPECT_ERROR(ErrorCode::kInvalidArgument, "not a member", group->rank());
+      EXPECT_ERROR(ErrorCode::kInvalidArgument, "not a member", group->barrier());
+      EXPECT_ERROR(ErrorCode::kInvalidArgument, "not a member", StoreTransport(*group, std::chrono::seconds(1)));
+      continue;
+    }
+    EXPECT_EQ(group->ranks()[static_cast<size_t>(group->rank())], rank());
+    at::Tensor sum = at::full({}, 1 << rank(), at::kInt);
+    group->all_reduce_sum(sum);
+    EXPECT_EQ(sum.item<int>(), set);
+    group->barrier();
   }
 }
 

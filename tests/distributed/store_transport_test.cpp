@@ -8,6 +8,8 @@
 
 #include <condition_variable>
 #include <csignal>
+#include <filesystem>
+#include <fstream>
 #include <mutex>
 #include <string>
 
@@ -67,10 +69,75 @@ RESHARD_DISTRIBUTED_TEST(StoreTransportTest, TheDeadlineIsOnSilenceNotOnTime, .r
   world->barrier();
 }
 
+// A node that goes takes all its ranks along.
+RESHARD_DISTRIBUTED_TEST(StoreTransportTest, ManySilentRanksCostOneDeadline, .ranks = 4) {
+  const auto world = process_group();
+  StoreTransport transport(*world, milliseconds(1500));
+  world->barrier();
+  if (rank() == 0) {
+    const auto start = Clock::now();
+    std::vector<int> from = {1, 2, 3};
+    std::vector<int> silent;
+    transport.gather(from, [&](Transport::Arrival arrival) {
+      EXPECT_EQ(arrival.error == nullptr, arrival.from == 2);
+      if (arrival.error) silent.push_back(arrival.from);
+    });
+    EXPECT_EQ(silent, (std::vector<int>{1, 3}));
+    EXPECT_LT(Clock::now() - start, milliseconds(2500));
+  } else if (rank() == 2) {
+    transport.send(0, pattern(1, 0));
+  }
+  world->barrier();
+}
+
+/// Stops rank 0, which hosts the store, while rank 1 runs `body`.
+template <class Body>
+void with_stopped_host(const std::filesystem::path& dir, int rank, Body&& body) {
+  const std::string fifo = dir / "pid of rank 0";
+  mkfifo(fifo.c_str(), 0600);  // whoever comes first
+  const int fd = open(fifo.c_str(), rank == 0 ? O_WRONLY : O_RDONLY);
+  pid_t pid = getpid();
+  if (rank == 0) {
+    ASSERT_EQ(write(fd, &pid, sizeof(pid)), static_cast<ssize_t>(sizeof(pid)));
+    raise(SIGSTOP);
+  } else {
+    ASSERT_EQ(read(fd, &pid, sizeof(pid)), static_cast<ssize_t>(sizeof(pid)));
+    std::string state;  // "T" once it is stopped: what follows must not be faster
+    while (state != "T") std::ifstream("/proc/" + std::to_string(pid) + "/stat") >> state >> state >> state;
+    body();
+    kill(pid, SIGCONT);
+  }
+  close(fd);
+}
+
+RESHARD_DISTRIBUTED_TEST(StoreTransportTest, AStoppedHostOfTheStoreIsSilenceToo, .ranks = 2) {
+  const auto world = process_group();
+  StoreTransport transport(*world, milliseconds(1000));
+  StoreTransport working(*world, milliseconds(1000));
+  working.heartbeat();
+  world->barrier();
+  with_stopped_host(temp_dir(), rank(), [&] {
+    const auto start = Clock::now();
+    EXPECT_ERROR(ErrorCode::kTimeout, "hosts it is rank 0 of the default group", transport.receive(0));
+    EXPECT_LT(Clock::now() - start, milliseconds(2000));
+    EXPECT_ERROR(ErrorCode::kTimeout, "hosts it is rank 0 of the default group", transport.receive(0));
+    EXPECT_LT(Clock::now() - start, milliseconds(2000)) << "what is known to be lost is not waited for again";
+    // Work goes on: a heartbeat waits for nobody.
+    for (int i = 0; i < 1000; ++i) working.heartbeat();
+    EXPECT_LT(Clock::now() - start, milliseconds(2500));
+  });
+  // Once it goes on, so do all.
+  StoreTransport next(*world, milliseconds(20000));
+  next.send(1 - rank(), pattern(10, rank()));
+  EXPECT_TRUE(next.receive(1 - rank()) == pattern(10, 1 - rank()));
+}
+
 RESHARD_DISTRIBUTED_TEST(StoreTransportTest, ALostStoreIsReportedByTheSurvivors, .ranks = 2,
                          .expected = {{0, killed_by(SIGKILL)}}) {
   const auto world = process_group();
   StoreTransport transport(*world, milliseconds(20000));
+  transport.send(1 - rank(), pattern(1, 0));  // both are connected
+  transport.receive(1 - rank());
   world->barrier();
   // Not while rank 1 is still in the barrier: opening a FIFO waits for its other end.
   const std::string ready = temp_dir() / "ready";

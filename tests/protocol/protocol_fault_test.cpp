@@ -351,6 +351,9 @@ TEST(ProtocolFaultTest, PlannerThatLosesPlansIsRefused) {
   }
 }
 
+// Long enough for honest ranks on a busy machine; scenarios wait side by side.
+constexpr milliseconds kSilence{3000};
+
 // --- ranks that die ---------------------------------------------------------------------------------------------------
 
 constexpr const char* kSavePoints[] = {"save.planned",       "save.planned_globally", "save.placed",
@@ -445,6 +448,73 @@ TEST(ProtocolFaultTest, LostRankIsNamedByAllSurvivorsOfALoad) {
   }
 }
 
+/// Loses its medium at one call, with the rank whose loss that is.
+class LosingTransport final : public Transport {
+ public:
+  LosingTransport(Transport& inner, int call, std::function<void()> lost)
+      : inner_(inner), call_(call), lost_(std::move(lost)) {}
+  int rank() const override { return inner_.rank(); }
+  int world_size() const override { return inner_.world_size(); }
+  void send(int to, ByteSpan message) override {
+    count();
+    inner_.send(to, message);
+  }
+  Bytes receive(int from) override {
+    count();
+    return inner_.receive(from);
+  }
+  void gather(std::span<const int> from, const std::function<void(Arrival)>& arrived) override {
+    count();
+    inner_.gather(from, arrived);
+  }
+  void heartbeat() noexcept override { inner_.heartbeat(); }
+
+ private:
+  void count() {
+    if (call_-- > 0) return;
+    lost_();
+    throw Error(ErrorCode::kUnavailable, "the store is lost", {.rank = 2});
+  }
+
+  Transport& inner_;
+  int call_;
+  std::function<void()> lost_;
+};
+
+TEST(ProtocolFaultTest, LostMediumIsTheLossOfTheRankThatTheTransportNames) {
+  for (const int loser : {0, 1}) {
+    // Rank 0: gather, two answers, gather, two answers. Rank 1: plan, answer, vote, outcome.
+    for (int call = 0; call < (loser == 0 ? 6 : 4); ++call) {
+      SCOPED_TRACE("call " + std::to_string(call) + " of rank " + std::to_string(loser));
+      Simulation job(3, kSilence);
+      std::vector<Outcome> outcomes(3);
+      run_ranks(3, [&](int rank) {
+        LosingTransport transport(*job.transports[static_cast<size_t>(rank)], rank == loser ? call : 1000,
+                                  [&] { job.hub.lose(rank); });
+        MemorySaveState state = usual_state(rank, 3, "new");
+        DefaultSavePlanner planner;
+        MemoryWriter writer(job.store);
+        try {
+          outcomes[static_cast<size_t>(rank)].saved = run_save(transport, state, planner, writer);
+        } catch (const CheckpointError& error) {
+          outcomes[static_cast<size_t>(rank)].error = std::make_shared<const CheckpointError>(error);
+        }
+      });
+      const Outcome& outcome = outcomes[static_cast<size_t>(loser)];
+      ASSERT_NE(outcome.error, nullptr);
+      EXPECT_EQ(outcome.failed_ranks(), std::set<int>{2}) << outcome.error->what();
+      EXPECT_THAT(outcome.error->what(), HasSubstr("the store is lost"));
+      const bool committed = loser == 0 && call >= 4;
+      EXPECT_EQ(content_of(job.store), committed || (loser == 1 && call == 3) ? "new" : "nothing");
+      if (loser == 0) {
+        EXPECT_EQ(outcome.error->committed(), committed ? Committed::kYes : Committed::kNo);
+      } else {
+        EXPECT_EQ(outcome.error->committed(), call >= 2 ? Committed::kUnknown : Committed::kNo);
+      }
+    }
+  }
+}
+
 // --- ranks that are stopped and go on later ---------------------------------------------------------------------------
 
 /// Stops one rank at a point until all others have come back.
@@ -473,9 +543,6 @@ class Stop {
   int others_;
   bool stopped_ = false;
 };
-
-// Long enough for honest ranks on a busy machine; the scenarios wait side by side.
-constexpr milliseconds kSilence{3000};
 
 void check_stopped_in_save(int world_size, int stopped, const char* point) {
   SCOPED_TRACE(std::string(point) + " on rank " + std::to_string(stopped) + " of " + std::to_string(world_size));

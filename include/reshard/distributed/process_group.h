@@ -18,6 +18,8 @@
 
 namespace reshard {
 
+class StoreThreads;
+
 /// What went over a group since it was made. Exact on every machine, so that tests can gate on it.
 struct TrafficCounters {
   uint64_t collectives = 0;
@@ -47,6 +49,8 @@ class ProcessGroup {
   std::chrono::milliseconds timeout() const { return timeout_; }
   /// The group's own key-value store (keys of other groups cannot collide).
   const c10::intrusive_ptr<c10d::Store>& store() const { return store_; }
+  /// Connections to it for calls with a deadline; of this library's own use.
+  const std::shared_ptr<StoreThreads>& store_threads() const { return store_threads_; }
   /// The backend for tensors on `device`. Throws kUnsupported if the group has none.
   c10d::Backend& backend(c10::DeviceType device) const;
   bool has_backend(c10::DeviceType device) const { return backends_.contains(device); }
@@ -76,6 +80,7 @@ class ProcessGroup {
   int rank_;
   std::vector<int> ranks_;
   c10::intrusive_ptr<c10d::Store> store_;
+  std::shared_ptr<StoreThreads> store_threads_;
   BackendMap backends_;
   std::chrono::milliseconds timeout_;
   TrafficCounters traffic_;
