@@ -166,7 +166,8 @@ RESHARD_DISTRIBUTED_TEST_F(Peers, Leftovers, AreEnded, .ranks = 2) {
   for (int i = 0; i < 3; ++i) ASSERT_EQ(read(started[0], &byte, 1), 1);
 }
 
-// Everything that can resist, for a parent that is killed: a session of its own, ignored signals, a stopped process.
+// Everything that can resist, for a parent that is killed: a session of its own, ignored signals, a stopped child, a stopped
+// rank.
 RESHARD_DISTRIBUTED_TEST_F(Peers, Resisting, Everything, .ranks = 3) {
   if (rank() == 0 && fork() == 0) {
     setsid();
@@ -183,6 +184,7 @@ RESHARD_DISTRIBUTED_TEST_F(Peers, Resisting, Everything, .ranks = 3) {
     ASSERT_TRUE(WIFSTOPPED(status));
     announce();
   }
+  if (rank() == 2) raise(SIGSTOP);
   hang();
 }
 

@@ -2,13 +2,17 @@
 #include "reshard/testing/torch_distributed_test.h"
 
 #include <ATen/ops/full.h>
+#include <gmock/gmock.h>
 
 #include <csignal>
 
+#include "launch/child_process.h"
 #include "reshard/core/error.h"
 
 namespace reshard {
 namespace {
+
+using ::testing::HasSubstr;
 
 RESHARD_DEVICE_TEST(TorchDistributedTestTest, RanksMeetInAGroup, .ranks = {2, 3}, .one_gpu_ranks = {1, 2}) {
   at::Tensor tensor = at::full({3}, rank() + 1.0, device());
@@ -43,6 +47,17 @@ RESHARD_DISTRIBUTED_TEST(TorchDistributedTestTest, SurvivorsSeeADeadRank, .ranks
   process_group()->all_reduce_sum(tensor);
   if (rank() == 2) raise(SIGKILL);
   EXPECT_THROW(process_group()->all_reduce_sum(tensor), Error);
+}
+
+TEST(TorchHarnessTest, StuckRanksPrintTheStackOfEveryThread) {
+  ChildProcess child({RESHARD_TORCH_HARNESS_CASES, "--gtest_filter=Stuck.InACollective"});
+  const ChildResult result = child.wait();
+  EXPECT_EQ(result.exit_code, 1);
+  for (const char* text : {"[rank 0] ", "[rank 1] ", "still running at the deadline of 5 s; killed by SIGABRT"}) {
+    EXPECT_THAT(result.output, HasSubstr(text));
+  }
+  EXPECT_THAT(result.output, HasSubstr("ProcessGroup::all_reduce_sum"));
+  EXPECT_THAT(result.output, HasSubstr("gloo::transport::tcp::Loop::run")) << "a thread that is not the main one";
 }
 
 }  // namespace
