@@ -2,6 +2,8 @@
 #include "fsdp/engine.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/OpMathType.h>
 #include <torch/csrc/api/include/torch/nn/modules/embedding.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -61,6 +63,44 @@ void refuse_parameter(const at::Tensor& handle, const std::string& name, const R
     throw Error(ErrorCode::kInvalidArgument,
                 "parameter is on the meta device and its values are not known: build the module inside on_meta",
                 context);
+  }
+}
+
+/// A shard has memory of its own: what was one memory before would silently become two. (Tied parameters are one
+/// tensor under several names, no aliases.)
+void refuse_shared_memory(const std::vector<FsdpEngine::Entry>& entries, const std::vector<at::Tensor>& handles) {
+  struct Range {
+    const c10::StorageImpl* storage;
+    size_t begin;  // in bytes
+    size_t end;
+    const FsdpEngine::Entry* entry;
+  };
+  std::vector<Range> ranges;
+  std::set<const at::TensorImpl*> seen;
+  for (const FsdpEngine::Entry& entry : entries) {
+    const at::Tensor& tensor = entry.parameter ? handles[*entry.parameter] : entry.buffer;
+    if (!seen.insert(tensor.unsafeGetTensorImpl()).second || !tensor.has_storage() || tensor.numel() == 0) continue;
+    const auto size = static_cast<size_t>(tensor.element_size());
+    const size_t begin = static_cast<size_t>(tensor.storage_offset()) * size;
+    ranges.push_back({tensor.storage().unsafeGetStorageImpl(), begin,
+                      begin + at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), size), &entry});
+  }
+  std::ranges::sort(ranges, {}, [](const Range& range) { return std::pair(range.storage, range.begin); });
+  const Range* parameter = nullptr;  // of the ranges before, the one that ends last
+  const Range* buffer = nullptr;
+  for (const Range& range : ranges) {
+    const auto meets = [&](const Range* other) {
+      return other != nullptr && other->storage == range.storage && other->end > range.begin;
+    };
+    const Range* other = meets(parameter) ? parameter : range.entry->parameter && meets(buffer) ? buffer : nullptr;
+    if (other != nullptr) {
+      throw Error(ErrorCode::kUnsupported,
+                  "shares memory with '" + other->entry->name +
+                      "' and cannot be sharded: tie parameters by registering one tensor under both names",
+                  {.key = range.entry->name});
+    }
+    const Range*& last = range.entry->parameter ? parameter : buffer;
+    if (!meets(last) || last->end < range.end) last = &range;
   }
 }
 
@@ -201,6 +241,8 @@ FsdpEngine::FsdpEngine(std::shared_ptr<torch::nn::Module> module, const std::sha
   Discovered found = discover(*module_);
   for (size_t i = 0; i < found.handles.size(); ++i)
     refuse_parameter(found.handles[i], found.parameters[i].names.front(), recording.get());
+  refuse_shared_memory(found.entries, found.handles);
+  require_same_on_all_ranks(found);
   std::set<const c10::StorageImpl*> parameter_storages;
   for (const at::Tensor& handle : found.handles) parameter_storages.insert(handle.storage().unsafeGetStorageImpl());
   build_units(std::move(found), recording);
@@ -208,6 +250,28 @@ FsdpEngine::FsdpEngine(std::shared_ptr<torch::nn::Module> module, const std::sha
 }
 
 FsdpEngine::~FsdpEngine() = default;
+
+void FsdpEngine::require_same_on_all_ranks(const Discovered& found) const {
+  // Without this, collectives of different sizes meet, and the backend aborts the process.
+  std::string text = std::to_string(static_cast<int>(options_.layout));
+  for (size_t i = 0; i < found.handles.size(); ++i) {
+    const ShardedParameter& parameter = found.parameters[i];
+    for (const std::string& name : parameter.names) text += "\n" + name;
+    text += to_string(parameter.shape) + std::to_string(static_cast<int>(found.handles[i].scalar_type())) +
+            (found.handles[i].requires_grad() ? "trainable" : "frozen") + std::to_string(found.unit_of[i]);
+  }
+  const auto hash = static_cast<int64_t>(std::hash<std::string>()(text));
+  at::Tensor extremes = at::empty({2}, at::kLong);
+  extremes[0].fill_(hash);
+  extremes[1].fill_(~hash);  // its largest is the complement of the smallest hash
+  if (!group().has_backend(c10::kCPU)) extremes = extremes.to(options_.device);
+  group().all_reduce_max(extremes);
+  if (extremes[0].item<int64_t>() == ~extremes[1].item<int64_t>()) return;
+  throw Error(
+      ErrorCode::kInvalidArgument,
+      "the ranks of the group wrap different models: names, shapes, dtypes, what is frozen, units or layout differ",
+      {.rank = group().rank(), .found = std::to_string(found.handles.size()) + " parameters here"});
+}
 
 void FsdpEngine::build_units(Discovered found, const std::shared_ptr<Recording>& recording) {
   parameters_ = std::move(found.parameters);
@@ -331,7 +395,15 @@ void FsdpEngine::pin(FlatParameter& flat, const std::string& op, const at::Tenso
              "parameters(), not the module's.)",
         {.rank = group().rank(), .key = name_at(flat, tensor)});
   }
-  if (in_backward()) queue_end_of_backward();
+  if (in_backward()) {
+    if (flat.is_stale() && forward_depth_ == 0) {
+      throw Error(ErrorCode::kFailedPrecondition,
+                  op + " of the backward pass needs a parameter as the forward pass saw it, but it was written since: "
+                       "no optimizer step or load may come between the two",
+                  {.rank = group().rank(), .key = name_at(flat, tensor)});
+    }
+    queue_end_of_backward();
+  }
   gather(flat);
   ++flat.pins;
 }
@@ -418,6 +490,12 @@ void FsdpEngine::check_before_forward() {
         throw Error(ErrorCode::kFailedPrecondition,
                     "the module's parameter no longer belongs to the sharded model: Module::to, set_data or an "
                     "assignment replaced it",
+                    context);
+      }
+      if (member.handle.requires_grad() && !flat.requires_grad()) {
+        throw Error(ErrorCode::kFailedPrecondition,
+                    "the parameter was frozen when the model was wrapped, so nothing takes its gradient: set "
+                    "requires_grad before wrapping",
                     context);
       }
       if (!flat.gradient_is_as_left(member) || !at::GradMode::is_enabled() || no_sync_depth_ > 0) continue;
@@ -524,7 +602,9 @@ double FsdpEngine::clip_grad_norm(double max_norm, double norm_type) {
   for (const ShardedParameter& parameter : parameters_) {
     const at::Tensor& gradient = parameter.slice.grad();
     if (!gradient.defined() || gradient.numel() == 0) continue;
-    const at::Tensor norm = at::norm(gradient, norm_type).to(at::kDouble);
+    const at::Tensor norm = at::linalg_vector_norm(gradient, norm_type, std::nullopt, /*keepdim=*/false,
+                                                   at::toOpMathType(gradient.scalar_type()))
+                                .to(at::kDouble);
     infinity ? total.copy_(at::maximum(total, norm)) : total.add_(norm.pow(norm_type));
   }
   infinity ? group().all_reduce_max(total) : group().all_reduce_sum(total);

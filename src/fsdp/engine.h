@@ -67,6 +67,7 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
   struct Discovered;
 
   Discovered discover(const torch::nn::Module& module) const;
+  void require_same_on_all_ranks(const Discovered& found) const;
   void build_units(Discovered found, const std::shared_ptr<Recording>& recording);
   void build_buffers(const std::shared_ptr<Recording>& recording,
                      const std::set<const c10::StorageImpl*>& parameter_storages);

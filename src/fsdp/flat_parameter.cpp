@@ -127,6 +127,7 @@ FlatParameter::~FlatParameter() {
 }
 
 void FlatParameter::point_handle(Member& member) {
+  member.handle.mutable_grad().reset();
   member.handle.unsafeGetTensorImpl()->shallow_copy_from(
       keyed_tensor(full_.storage(), full_, member.full_offset, parameter(member).shape));
 }
@@ -157,8 +158,9 @@ void FlatParameter::note_writes() {
 void FlatParameter::allocate_whole() {
   c10::StorageImpl* storage = full_.storage().unsafeGetStorageImpl();
   const c10::DeviceGuard device(full_.device());  // allocators work on the current one
+  at::DataPtr memory = storage->allocator()->allocate(storage->nbytes());
   storage->clear_data_ptr_access_error_msg_();
-  storage->set_data_ptr_noswap(storage->allocator()->allocate(storage->nbytes()));
+  storage->set_data_ptr_noswap(std::move(memory));
   unsharded_ = true;
   stats_.unsharded_bytes += bytes();
   stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);

@@ -57,8 +57,8 @@ class FlatParameter {
   uint64_t bytes() const { return static_cast<uint64_t>(full_.nbytes()); }
 
   bool is_unsharded() const { return unsharded_; }
-  /// True if the shard was written since the whole was gathered from it.
-  bool is_stale() const { return unsharded_ && gathered_writes_ != writes_; }
+  /// True if the whole is or was gathered, and the shard was written since.
+  bool is_stale() const { return gathered_writes_ >= 0 && gathered_writes_ != writes_; }
   /// Someone wrote to the slice, or view of a slice, that begins at this element of the shard.
   void note_write(int64_t offset);
   /// Someone wrote to the shard without an operator that would have shown it.

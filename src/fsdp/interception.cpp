@@ -37,7 +37,9 @@ TouchTarget* target_of(const at::Tensor& tensor) {
 // Operators that look at sizes and strides only: views, and factories that copy a shape.
 bool reads_no_values(const c10::OperatorHandle& op) {
   const std::string_view name = op.operator_name().name;
-  if (name.ends_with("_like") || name.starts_with("aten::new_") || name == "aten::is_same_size") return true;
+  if (name.starts_with("aten::") &&
+      (name.ends_with("_like") || name.starts_with("aten::new_") || name == "aten::is_same_size"))
+    return true;
   const c10::FunctionSchema& schema = op.schema();
   bool aliases = false;
   for (const c10::Argument& result : schema.returns()) {

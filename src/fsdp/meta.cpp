@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -96,6 +97,17 @@ void let_read(const c10::Storage& storage, bool allowed) {
   } else {
     storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(kRawAccess);
   }
+}
+
+/// A copy with memory of its own and the same strides.
+at::Tensor copy_of(const at::Tensor& tensor) {
+  const at::NoGradGuard no_grad;
+  if (tensor.layout() != at::kStrided || tensor.numel() == 0) return tensor.clone();
+  const auto elements =
+      static_cast<int64_t>(at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), /*itemsize=*/1));
+  return tensor.as_strided({elements}, {1}, tensor.storage_offset())
+      .clone()
+      .as_strided(tensor.sizes(), tensor.strides(), 0);
 }
 
 bool same_bytes(const at::Tensor& a, const at::Tensor& b) {
@@ -256,6 +268,12 @@ void Recording::record(const c10::OperatorHandle& op, c10::DispatchKeySet keys, 
       }
     }
   }
+  // Of tensors made outside, what they hold now is what counts, whatever becomes of them.
+  for_each_tensor(torch::jit::Stack(operation.arguments), 0,
+                  [&](const at::Tensor& tensor, size_t index, std::optional<size_t> item) {
+                    if (!tensor.is_meta() && !tensor.unsafeGetTensorImpl()->is_wrapped_number())
+                      set_tensor(operation.arguments, index, item, copy_of(tensor));
+                  });
   for (const auto& argument : operation.places)
     set_tensor(operation.arguments, argument.index, argument.item, at::Tensor());
   operations_.push_back(std::move(operation));

@@ -14,10 +14,4 @@ WrapPolicy wrap_by_name(std::vector<std::string> names) {
       wanted);
 }
 
-WrapPolicy wrap_modules(std::vector<std::shared_ptr<torch::nn::Module>> modules) {
-  return WrapPolicy([modules = std::move(modules)](const std::string&, const torch::nn::Module& module) {
-    return std::ranges::any_of(modules, [&](const auto& wanted) { return wanted.get() == &module; });
-  });
-}
-
 }  // namespace reshard

@@ -7,6 +7,8 @@
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/api/include/torch/nn/modules.h>
 #include <torch/csrc/api/include/torch/optim/sgd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
 
 #include <functional>
 
@@ -52,6 +54,84 @@ void expect_same(const std::shared_ptr<ProcessGroup>& group, const char* name, B
   }
 }
 
+/// x times each of `weights` and `maybe`, elementwise, through raw pointers.
+at::Tensor multiply_like(const at::Tensor& x, at::TensorList weights,
+                         const c10::List<std::optional<at::Tensor>>& maybe) {
+  at::Tensor out = x.clone();
+  const auto multiply = [&](const at::Tensor& weight) {
+    for (int64_t i = 0; i < out.numel(); ++i)
+      out.mutable_data_ptr<double>()[i] *= weight.const_data_ptr<double>()[i % weight.numel()];
+  };
+  for (const at::Tensor& weight : weights) multiply(weight);
+  for (const std::optional<at::Tensor>& weight : maybe) {
+    if (weight.has_value()) multiply(*weight);
+  }
+  return out;
+}
+TORCH_LIBRARY(reshard_test, library) {
+  library.def("multiply_like(Tensor x, Tensor[] weights, Tensor?[] maybe) -> Tensor");
+  library.impl("multiply_like", c10::DispatchKey::CompositeExplicitAutograd, multiply_like);
+}
+
+/// A linear map with its derivatives written by hand.
+struct HandWritten : torch::autograd::Function<HandWritten> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& weight) {
+    context->save_for_backward({x, weight});
+    return x.mm(weight.t());
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto saved = context->get_saved_variables();
+    return {gradients[0].mm(saved[1]), gradients[0].t().mm(saved[0])};
+  }
+};
+
+/// What users write: an operator of their own with a kernel that knows pointers only, and an autograd function.
+struct UserMadeImpl : torch::nn::Module {
+  UserMadeImpl() {
+    inner = register_module("inner", torch::nn::Linear(torch::nn::LinearOptions(8, 8).bias(false)));
+    scale = register_parameter("scale", at::rand({8}));
+    shift = register_parameter("shift", at::rand({8}) + 1, /*requires_grad=*/false);
+  }
+  at::Tensor forward(const at::Tensor& x) {
+    static const auto multiply = c10::Dispatcher::singleton()
+                                     .findSchemaOrThrow("reshard_test::multiply_like", "")
+                                     .typed<decltype(multiply_like)>();
+    at::Tensor scaled;
+    {
+      const at::NoGradGuard no_grad;
+      scaled = multiply.call(x, {scale, scale}, c10::List<std::optional<at::Tensor>>({std::nullopt, shift}));
+    }
+    return HandWritten::apply(HandWritten::apply(scaled * scale, inner->weight), inner->weight);
+  }
+  torch::nn::Linear inner{nullptr};
+  at::Tensor scale, shift;
+};
+
+/// Parameters in every kind of container.
+struct ContainersImpl : torch::nn::Module {
+  ContainersImpl() {
+    list = register_module("list", torch::nn::ModuleList(torch::nn::Linear(8, 8), torch::nn::Linear(8, 4)));
+    dict = register_module("dict", torch::nn::ModuleDict());
+    dict->update(
+        std::vector<std::pair<std::string, std::shared_ptr<torch::nn::Module>>>{{"up", torch::nn::Linear(4, 8).ptr()}});
+    scales = register_module("scales", torch::nn::ParameterList());
+    scales->append(at::rand({4}).requires_grad_());
+    scales->append(at::rand({8}).requires_grad_());
+    shifts = register_module("shifts", torch::nn::ParameterDict());
+    shifts->insert("last", at::rand({8}).requires_grad_());
+  }
+  at::Tensor forward(at::Tensor x) {
+    for (const auto& layer : *list) x = layer->as<torch::nn::Linear>()->forward(x);
+    x = at::tanh(x * (*scales)[0]);
+    return (*dict)["up"]->as<torch::nn::Linear>()->forward(x) * (*scales)[1] + (*shifts)["last"];
+  }
+  torch::nn::ModuleList list{nullptr};
+  torch::nn::ModuleDict dict{nullptr};
+  torch::nn::ParameterList scales{nullptr};
+  torch::nn::ParameterDict shifts{nullptr};
+};
+
 void run_stock_modules(const std::shared_ptr<ProcessGroup>& group) {
   using namespace torch::nn;
   const DoublePrecision in_double;
@@ -90,6 +170,15 @@ void run_stock_modules(const std::shared_ptr<ProcessGroup>& group) {
       group, "LSTM", [] { return LSTM(LSTMOptions(8, 5).num_layers(2).bidirectional(true)); },
       [&](auto& m) { return std::get<0>(m.forward(sequence)).square().sum(); });
   expect_same(
+      group, "LSTM with projections", [] { return LSTM(LSTMOptions(8, 5).proj_size(3)); },
+      [&](auto& m) { return std::get<0>(m.forward(sequence)).square().sum(); });
+  expect_same(
+      group, "RNN", [] { return RNN(8, 5); }, [&](auto& m) { return std::get<0>(m.forward(sequence)).square().sum(); });
+  expect_same(
+      group, "RNNCell", [] { return RNNCell(8, 5); }, [&](auto& m) { return m.forward(rows).square().sum(); });
+  expect_same(
+      group, "GRUCell", [] { return GRUCell(8, 5); }, [&](auto& m) { return m.forward(rows).square().sum(); });
+  expect_same(
       group, "GRU", [] { return GRU(8, 5); }, [&](auto& m) { return std::get<0>(m.forward(sequence)).square().sum(); });
   expect_same(
       group, "LSTMCell", [] { return LSTMCell(8, 5); },
@@ -98,10 +187,40 @@ void run_stock_modules(const std::shared_ptr<ProcessGroup>& group) {
       group, "Conv2d", [] { return Conv2d(Conv2dOptions(4, 6, 3)); },
       [&](auto& m) { return m.forward(image).square().sum(); });
   expect_same(
+      group, "Conv1d without bias", [] { return Conv1d(Conv1dOptions(3, 6, 3).bias(false)); },
+      [&](auto& m) { return m.forward(sequence).square().sum(); });
+  expect_same(
+      group, "Conv3d", [] { return Conv3d(Conv3dOptions(2, 6, 3)); },
+      [&](auto& m) { return m.forward(image.unsqueeze(0)).square().sum(); });
+  expect_same(
+      group, "ConvTranspose1d", [] { return ConvTranspose1d(ConvTranspose1dOptions(3, 6, 3)); },
+      [&](auto& m) { return m.forward(sequence).square().sum(); });
+  expect_same(
+      group, "ConvTranspose3d", [] { return ConvTranspose3d(ConvTranspose3dOptions(2, 3, 2)); },
+      [&](auto& m) { return m.forward(image.unsqueeze(0)).square().sum(); });
+  expect_same(
       group, "ConvTranspose2d", [] { return ConvTranspose2d(ConvTranspose2dOptions(4, 6, 3)); },
       [&](auto& m) { return m.forward(image).square().sum(); });
   expect_same(
       group, "BatchNorm2d", [] { return BatchNorm2d(4); }, [&](auto& m) { return m.forward(image).square().sum(); });
+  expect_same(
+      group, "BatchNorm1d", [] { return BatchNorm1d(8); }, [&](auto& m) { return m.forward(rows).pow(3).sum(); });
+  expect_same(
+      group, "BatchNorm3d", [] { return BatchNorm3d(2); },
+      [&](auto& m) { return m.forward(image.unsqueeze(0)).pow(3).sum(); });
+  expect_same(
+      group, "InstanceNorm1d", [] { return InstanceNorm1d(InstanceNorm1dOptions(3).affine(true)); },
+      [&](auto& m) { return m.forward(sequence).pow(3).sum(); });
+  expect_same(
+      group, "InstanceNorm2d",
+      [] { return InstanceNorm2d(InstanceNorm2dOptions(4).affine(true).track_running_stats(true)); },
+      [&](auto& m) { return m.forward(image).pow(3).sum(); });
+  expect_same(
+      group, "InstanceNorm3d", [] { return InstanceNorm3d(InstanceNorm3dOptions(2).affine(true)); },
+      [&](auto& m) { return m.forward(image.unsqueeze(0)).pow(3).sum(); });
+  expect_same(
+      group, "LayerNorm", [] { return LayerNorm(LayerNormOptions({8})); },
+      [&](auto& m) { return m.forward(rows).pow(3).sum(); });
   expect_same(
       group, "GroupNorm", [] { return GroupNorm(2, 4); }, [&](auto& m) { return (m.forward(image) * image).sum(); });
   expect_same(
@@ -121,6 +240,12 @@ void run_stock_modules(const std::shared_ptr<ProcessGroup>& group) {
         return AdaptiveLogSoftmaxWithLoss(AdaptiveLogSoftmaxWithLossOptions(8, 10, {3, 6}).div_value(2));
       },
       [&](auto& m) { return m.forward(rows, at::arange(6)).output.mean().neg(); });
+  expect_same(
+      group, "operators and functions of one's own", [] { return std::make_shared<UserMadeImpl>(); },
+      [&](auto& m) { return m.forward(rows).square().sum(); });
+  expect_same(
+      group, "containers", [] { return std::make_shared<ContainersImpl>(); },
+      [&](auto& m) { return m.forward(rows).square().sum(); });
   expect_same(
       group, "Sequential", [] { return Sequential(Linear(8, 4), BatchNorm1d(4), ReLU(), Linear(4, 2)); },
       [&](auto& m) { return m.forward(rows).square().sum(); });

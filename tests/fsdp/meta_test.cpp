@@ -151,18 +151,28 @@ RESHARD_DISTRIBUTED_TEST(MetaTest, TakesTensorsMadeOutsideAndRefusesWhatItDoesNo
   const auto group = process_group();
   // Values that exist already stay what they are, also where recorded operations read them.
   const at::Tensor outside = at::arange(6, at::kFloat).view({2, 3});
-  auto model = FullyShardedDataParallel(on_meta([&] {
-                                          return std::make_shared<CustomImpl>([&](CustomImpl& m) {
-                                            m.register_parameter("given", outside.clone());
-                                            m.register_parameter("made", at::ones({2, 3}) + outside);
-                                            m.register_buffer("scaled", outside * 2);
-                                          });
-                                        }),
-                                        {.process_group = group});
+  const at::Tensor changing = outside.clone();
+  auto built = on_meta([&] {
+    return std::make_shared<CustomImpl>([&](CustomImpl& m) {
+      m.register_parameter("given", outside.clone());
+      m.register_parameter("made", at::ones({2, 3}) + outside);
+      m.register_buffer("scaled", outside * 2);
+      const std::vector<float> gone{1, 2, 3};
+      const at::Tensor borrowed = at::from_blob(const_cast<float*>(gone.data()), {3, 1}).expand({3, 2}).t();
+      const at::NoGradGuard no_grad;
+      m.register_parameter("copied", at::zeros({2, 3})).copy_(changing);
+      m.register_parameter("borrowed", at::zeros({2, 3})).add_(borrowed);
+    });
+  });
+  changing.fill_(77);  // what it was while the module was built is what counts
+  auto model = FullyShardedDataParallel(built, {.process_group = group});
   {
     const SummonFullParams full(model);
     EXPECT_TRUE(at::equal(model.module()->named_parameters()["given"], outside));
     EXPECT_TRUE(at::equal(model.module()->named_parameters()["made"], outside + 1));
+    EXPECT_TRUE(at::equal(model.module()->named_parameters()["copied"], outside));
+    EXPECT_TRUE(
+        at::equal(model.module()->named_parameters()["borrowed"], at::arange(1, 4).expand({2, 3}).to(at::kFloat)));
     EXPECT_TRUE(at::equal(model.module()->named_buffers()["scaled"], outside * 2));
   }
   expect_error(ErrorCode::kInvalidArgument, {"meta device", "weight"}, [&] {

@@ -144,6 +144,17 @@ RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, ContinuesOnOtherRanksAndLayoutsAsIf
     const StateDict optimizer_state = whole_state(state, *world);
     run.steps(3, 3);
     const StateDict wanted = run.model.state_dict(StateDictType::kFull);
+    // The unsharded model goes the same way.
+    at::manual_seed(41);
+    Small reference;
+    const auto reference_optimizer = kind.make(reference->parameters());
+    for (int i = 0; i < 6; ++i) {
+      at::manual_seed(200 + static_cast<uint64_t>(i));
+      reference_optimizer->zero_grad();
+      reference(at::rand({4, 5})).backward();
+      reference_optimizer->step();
+    }
+    EXPECT_LT(difference_to(run.model, *run.model.module(), *reference), 1e-12);
     for (const ShardLayout layout : {ShardLayout::kFlat, ShardLayout::kDim0Chunks}) {
       if (!pair->is_member()) continue;
       TrainingRun resumed(pair, kind, layout, 42);
@@ -235,6 +246,13 @@ RESHARD_DISTRIBUTED_TEST(OptimizerStateTest, GivesTargetsForALoadAndNamesWhatDoe
   EXPECT_EQ(options.weight_decay(), 0.0);
   EXPECT_EQ(std::get<1>(options.betas()), 0.75);
 
+  // With the module's own handles nothing would train, whatever the optimizer.
+  for (const Kind& kind : kinds()) {
+    SCOPED_TRACE(kind.name);
+    TrainingRun misused(group, kind, ShardLayout::kFlat, 53);
+    misused.optimizer = kind.make(misused.model.module()->parameters());
+    expect_error(ErrorCode::kFailedPrecondition, {"parameters()", "scale"}, [&] { misused.steps(1); });
+  }
   torch::optim::AdamW handles(run.model.module()->parameters());
   expect_error(ErrorCode::kInvalidArgument, {"not a slice", "param_groups[0].params[0]"},
                [&] { optimizer_state_dict(handles, run.model); });

@@ -13,6 +13,7 @@
 #include <torch/csrc/api/include/torch/nn/modules/normalization.h>
 #include <torch/csrc/api/include/torch/utils.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -87,6 +88,29 @@ struct LanguageModelImpl : torch::nn::Module {
   at::Tensor positions;
 };
 TORCH_MODULE(LanguageModel);
+
+/// The global batch of a step, equal on every rank; 12 rows, so that 2 and 3 ranks share it evenly.
+inline at::Tensor tokens_of_step(int64_t step) {
+  at::manual_seed(100 + static_cast<uint64_t>(step));
+  return at::randint(LanguageModelImpl::kVocabulary, {12, LanguageModelImpl::kLength}, at::kLong);
+}
+
+/// This rank's share of the rows of a global batch.
+inline at::Tensor rows_of_rank(const at::Tensor& batch, const ProcessGroup& group) {
+  const int64_t rows = batch.size(0) / group.size();
+  return batch.slice(0, group.rank() * rows, (group.rank() + 1) * rows);
+}
+
+/// torch::optim updates a tied parameter once for each time that it is listed; this lists it once.
+inline std::vector<at::Tensor> distinct_parameters(const torch::nn::Module& module) {
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& parameter : module.parameters()) {
+    if (std::ranges::none_of(result, [&](const at::Tensor& known) { return known.is_same(parameter); })) {
+      result.push_back(parameter);
+    }
+  }
+  return result;
+}
 
 /// Runs `body`, which must throw a reshard::Error of this code whose text holds all of `parts`.
 template <class Body>

@@ -17,8 +17,9 @@
 //
 // What a touch does is a collective, so every rank must run the same operations in the same order, and a parameter
 // unused in the forward pass must be unused on all ranks. Reading a parameter outside of a forward pass, a backward
-// pass and SummonFullParams is kFailedPrecondition. One model is used by one thread at a time (the autograd engine's
-// own threads count as the caller's).
+// pass and SummonFullParams is kFailedPrecondition, and so is a backward pass that needs a parameter which an optimizer
+// step or a load has changed since its forward pass. torch::autograd::grad gives this rank's own gradients, not
+// averaged ones. One model is used by one thread at a time (the autograd engine's own threads count as the caller's).
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/api/include/torch/nn/module.h>
@@ -105,7 +106,8 @@ struct ShardedParameter {
 ShardedTensor as_sharded_tensor(const at::Tensor& local, const Dims& shape, int64_t begin, int64_t end);
 
 /// Cuts gradient communication for its lifetime: backward passes add into the unreduced gradient, and the first
-/// backward pass after it reduces the sum. Get it from ShardedModule::no_sync().
+/// backward pass after it reduces the sum. Meanwhile each rank holds gradients of the whole model. Get it from
+/// ShardedModule::no_sync().
 class [[nodiscard]] NoSync {
  public:
   explicit NoSync(std::shared_ptr<FsdpEngine> engine);
@@ -127,7 +129,9 @@ class ShardedModule {
   ~ShardedModule();
 
   /// The local slices, one for each distinct parameter, in the order of the module's named_parameters(). Frozen and
-  /// empty ones are included, so that positions agree on all ranks. Give these to the optimizer.
+  /// empty ones are included, so that positions agree on all ranks. Give these to the optimizer: any that treats each
+  /// element by itself, as SGD, Adam, AdamW, Adagrad and RMSprop do. (LBFGS would take the inner products of this rank's
+  /// part for those of the whole.)
   std::vector<at::Tensor> parameters() const;
   /// Canonical name and slice, in the same order.
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;
@@ -211,9 +215,11 @@ auto module_pointer(const Holder& holder) -> decltype(holder.ptr()) {
 template <class ModuleHolder>
 class FullyShardedDataParallel : public ShardedModule {
  public:
-  /// Wraps a module that has its values. Frees the module's own copy of them, unit by unit. Refuses modules that cannot
-  /// work sharded (kUnsupported, naming them): embeddings with sparse gradients or max_norm. All ranks of the group
-  /// call it; one that is not a member gets kInvalidArgument.
+  /// Wraps a module that has its values. Frees the module's own copy of them, unit by unit, and drops gradients that it
+  /// has. What is frozen now stays frozen. Collective. Refuses what cannot work sharded, naming it: embeddings with sparse
+  /// gradients or max_norm, sparse and quantized parameters, distinct parameters or buffers that share memory with a
+  /// parameter (kUnsupported); parameters that are no leaves or sharded already, a policy that names a missing module,
+  /// ranks that wrap different models, a rank that is not a member of the group (kInvalidArgument).
   explicit FullyShardedDataParallel(ModuleHolder module, FsdpOptions options = {})
       : ShardedModule(detail::module_pointer(module), nullptr, std::move(options)), module_(std::move(module)) {}
   /// Initialises and shards a module built by on_meta, unit by unit.

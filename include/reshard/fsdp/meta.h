@@ -35,7 +35,8 @@ std::shared_ptr<Recording> record_on_meta(const std::function<void()>& build);
 }
 
 /// Runs `build`, which returns a module holder or a shared_ptr to a module, on this thread and at once. The CPU
-/// generator advances as the ordinary build would advance it. An operation whose result cannot be computed later
+/// generator advances as the ordinary build would advance it. Tensors that exist before are used as they are: what a
+/// recorded operation reads of them is copied then and there. An operation whose result cannot be computed later
 /// (reading a value back, writing through a raw pointer as torch::tensor does for a std::vector, a device other than
 /// cpu, a generator of one's own) is kUnsupported, named in the error.
 template <class Build>

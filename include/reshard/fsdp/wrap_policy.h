@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 // WrapPolicy: which submodules become units of their own. A unit is the set of parameters that is gathered and freed
-// together, so the largest one bounds the unsharded memory. What lies in no wrapped submodule belongs to the root unit.
+// together, so the largest one bounds the unsharded memory. Units nest: a parameter belongs to the innermost wrapped
+// submodule around it, to the root unit if there is none, and a tied one to the outermost of the units that use it.
 
 #include <torch/csrc/api/include/torch/nn/module.h>
 
@@ -18,11 +19,11 @@ namespace reshard {
 class WrapPolicy {
  public:
   /// `name` is the module's dotted path below the root ("layers.0"). Called once for each submodule, never for the
-  /// root.
+  /// root; every rank must answer alike.
   using Predicate = std::function<bool(const std::string& name, const torch::nn::Module& module)>;
 
   WrapPolicy() = default;
-  /// `must_match` names what the predicate is expected to find: see unmatched().
+  /// `must_match`: see must_match().
   explicit WrapPolicy(Predicate predicate, std::vector<std::string> must_match = {})
       : predicate_(std::move(predicate)), must_match_(std::move(must_match)) {}
 
@@ -37,7 +38,7 @@ class WrapPolicy {
   std::vector<std::string> must_match_;
 };
 
-/// Every submodule of one of these types: wrap_by_type<torch::nn::TransformerEncoderLayerImpl>().
+/// Every submodule of one of these types or derived from one: wrap_by_type<torch::nn::TransformerEncoderLayerImpl>().
 template <class... Modules>
 WrapPolicy wrap_by_type() {
   return WrapPolicy([](const std::string&, const torch::nn::Module& module) {
@@ -48,10 +49,7 @@ WrapPolicy wrap_by_type() {
 /// Every submodule for which the predicate holds.
 inline WrapPolicy wrap_by_predicate(WrapPolicy::Predicate predicate) { return WrapPolicy(std::move(predicate)); }
 
-/// The submodules of these dotted names.
+/// The submodules of these dotted names, as in named_modules(); one that does not exist is kInvalidArgument.
 WrapPolicy wrap_by_name(std::vector<std::string> names);
-
-/// These modules (holders convert through ptr()); one that is not below the root is simply never met.
-WrapPolicy wrap_modules(std::vector<std::shared_ptr<torch::nn::Module>> modules);
 
 }  // namespace reshard
