@@ -4,7 +4,6 @@
 #include <ATen/ops/arange.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 #include <torch/csrc/api/include/torch/nn/modules/activation.h>
 #include <torch/csrc/api/include/torch/nn/modules/container/sequential.h>
 #include <torch/csrc/api/include/torch/nn/modules/linear.h>
@@ -27,6 +26,7 @@
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
 #include "reshard/fsdp/optimizer_state.h"
 #include "reshard/testing/torch_distributed_test.h"
+#include "support/run_python.h"
 #include "support/temporary_directory.h"
 
 namespace reshard {
@@ -38,33 +38,6 @@ std::string sha256(const at::Tensor& tensor) {
   const at::Tensor dense = tensor.contiguous();
   return to_hex(Sha256::of({static_cast<const std::byte*>(dense.const_data_ptr()), dense.nbytes()}));
 }
-
-struct PythonResult {
-  int exit_code = -1;
-  std::string output;
-};
-
-/// Runs a script of this folder with PyTorch's Python; the ranks that it starts are its own.
-PythonResult run_python(const std::string& arguments) {
-  const std::string command =
-      "env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u LOCAL_WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT -u "
-      "RESHARD_MASTER_LISTEN_FD '" +
-      std::string(RESHARD_PYTHON) + "' '" + RESHARD_INTEROP_DIR + "'/" + arguments + " 2>&1";
-  FILE* pipe = popen(command.c_str(), "r");
-  if (pipe == nullptr) throw std::runtime_error("popen");
-  PythonResult result;
-  for (char buffer[4096]; const size_t n = fread(buffer, 1, sizeof buffer, pipe);) result.output.append(buffer, n);
-  const int status = pclose(pipe);
-  if (WIFEXITED(status)) result.exit_code = WEXITSTATUS(status);
-  return result;
-}
-
-void expect_python_succeeds(const std::string& arguments) {
-  const PythonResult result = run_python(arguments);
-  ASSERT_EQ(result.exit_code, 0) << arguments << "\n" << result.output;
-}
-
-bool has_python() { return std::filesystem::exists(RESHARD_PYTHON); }
 
 using Optimizer = torch::optim::Optimizer;
 
