@@ -5,24 +5,13 @@
 #include "reshard/core/error.h"
 
 namespace reshard {
-namespace {
-
-void check_dense(const std::string& fqn, const at::Tensor& tensor) {
-  const char* what = !tensor.defined()                 ? "an undefined tensor"
-                     : tensor.layout() != at::kStrided ? "a sparse tensor"
-                     : tensor.is_quantized()           ? "a quantized tensor"
-                     : tensor.is_meta()                ? "a tensor on the meta device, which has no values"
-                                                       : nullptr;
-  if (what != nullptr) throw Error(ErrorCode::kUnsupported, std::string("cannot save or load ") + what, {.key = fqn});
-}
-
-}  // namespace
 
 TensorEntry make_tensor_entry(const std::string& fqn, const StateValue& value) {
+  const auto check = [&](const at::Tensor& tensor) { with_error_context({.key = fqn}, [&] { check_dense(tensor); }); };
   TensorEntry entry;
   if (value.is<at::Tensor>()) {
     const auto& tensor = value.as<at::Tensor>();
-    check_dense(fqn, tensor);
+    check(tensor);
     entry.properties = {.dtype = to_dtype(tensor.scalar_type()), .requires_grad = tensor.requires_grad()};
     entry.size = to_dims(tensor.sizes());
     entry.chunks = {whole_box(entry.size)};
@@ -33,7 +22,7 @@ TensorEntry make_tensor_entry(const std::string& fqn, const StateValue& value) {
   entry.size = tensor.size();
   entry.sharded = true;
   for (const LocalShard& shard : tensor.shards()) {
-    check_dense(fqn, shard.tensor);
+    check(shard.tensor);
     entry.chunks.push_back(shard.box);
   }
   return entry;

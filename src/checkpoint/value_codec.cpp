@@ -31,6 +31,7 @@ class Encoder {
   pickle::Value visit(const std::string& v) { return tree_.str(v); }
   pickle::Value visit(const ByteString& v) { return tree_.bytes(as_bytes(v.data)); }
   pickle::Value visit(const at::Tensor& v) {
+    check_dense(v);
     tensors_.push_back(v.detach().cpu().contiguous().resolve_conj().resolve_neg());
     return make_tensor_value(tree_, to_dtype(v.scalar_type()), to_dims(v.sizes()), tensors_.size() - 1,
                              v.requires_grad());
@@ -63,12 +64,16 @@ class Encoder {
 /// Thrown inside decode() where a value has no StateValue; becomes an OpaqueValue.
 struct NotRepresentable {};
 
-StateValue decode(const ValueArchive& archive, ByteSpan bytes, const pickle::Value& value) {
+// Tensors of a value share storages and may be expanded; here each becomes its own dense copy, of so many bytes in all.
+constexpr uint64_t kMaxCopiedPerByte = 16;
+constexpr uint64_t kFreelyCopied = 64 << 20;
+
+StateValue decode(const ValueArchive& archive, ByteSpan bytes, const pickle::Value& value, uint64_t& copies_left) {
   using pickle::Kind;
   const auto decode_all = [&](std::span<const pickle::Value> items) {
     StateList list;
     list.reserve(items.size());
-    for (const pickle::Value& item : items) list.push_back(decode(archive, bytes, item));
+    for (const pickle::Value& item : items) list.push_back(decode(archive, bytes, item, copies_left));
     return list;
   };
   switch (value.kind()) {
@@ -90,19 +95,21 @@ StateValue decode(const ValueArchive& archive, ByteSpan bytes, const pickle::Val
       StateDict dict;
       for (const auto& [key, item] : value.entries()) {
         if (key.kind() != Kind::kStr) throw NotRepresentable{};
-        dict[std::string(key.as_str())] = decode(archive, bytes, item);
+        dict[std::string(key.as_str())] = decode(archive, bytes, item, copies_left);
       }
       return dict;
     }
     default:
       break;
   }
-  if (value.kind() == Kind::kBytes || value.kind() == Kind::kObject) {
-    if (auto data = pickle::plain_bytes(value); data && value.kind() != Kind::kByteArray)
-      return ByteString{std::move(*data)};
-  }
+  if (value.kind() == Kind::kBytes) return ByteString{std::string(as_text(value.as_bytes()))};
   if (value.kind() == Kind::kObject) {
+    const bool is_byte_array = value.as_object().callable.is_global("__builtin__", "bytearray");
+    if (auto data = pickle::plain_bytes(value); data && !is_byte_array) return ByteString{std::move(*data)};
     if (const auto item = archive.as_tensor(value)) {
+      const auto size = static_cast<uint64_t>(volume(item->sizes) * element_size(item->dtype));
+      if (size > copies_left) throw NotRepresentable{};
+      copies_left -= size;
       at::Tensor tensor =
           at::empty(at::IntArrayRef(item->sizes.data(), item->sizes.size()), to_scalar_type(item->dtype));
       const ByteRange range = payload_range(*item, whole_box(item->sizes));
@@ -115,6 +122,15 @@ StateValue decode(const ValueArchive& archive, ByteSpan bytes, const pickle::Val
 }
 
 }  // namespace
+
+void check_dense(const at::Tensor& tensor) {
+  const char* what = !tensor.defined()                 ? "an undefined tensor"
+                     : tensor.layout() != at::kStrided ? "a sparse tensor"
+                     : tensor.is_quantized()           ? "a quantized tensor"
+                     : tensor.is_meta()                ? "a tensor on the meta device, which has no values"
+                                                       : nullptr;
+  if (what != nullptr) throw Error(ErrorCode::kUnsupported, std::string("cannot save or load ") + what);
+}
 
 Bytes encode_value(const StateValue& value) {
   if (value.is<OpaqueValue>()) {
@@ -130,11 +146,14 @@ Bytes encode_value(const StateValue& value) {
 StateValue decode_value(ByteSpan bytes) {
   const MemorySource source(bytes);
   const ValueArchive archive = decode_value_archive(source);
+  uint64_t copies_left = kFreelyCopied + kMaxCopiedPerByte * bytes.size();
   try {
-    return decode(archive, bytes, archive.root());
+    return decode(archive, bytes, archive.root(), copies_left);
   } catch (const NotRepresentable&) {
-    return OpaqueValue{std::make_shared<const Bytes>(bytes.begin(), bytes.end())};
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kUnsupported) throw;  // a sparse or quantized tensor, say
   }
+  return OpaqueValue{std::make_shared<const Bytes>(bytes.begin(), bytes.end())};
 }
 
 }  // namespace reshard

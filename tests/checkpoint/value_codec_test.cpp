@@ -49,6 +49,40 @@ TEST(ValueCodecTest, WhatHasNoTypeHereStaysOpaqueAndUnchanged) {
   EXPECT_TRUE(decode_value(encode_value_archive(tree.dict({{tree.integer(1), tree.str("x")}}))).is<OpaqueValue>());
 }
 
+/// A call of torch._utils.<function> that rebuilds a float32 tensor, if it is one, from storage 0 of 4 bytes.
+pickle::Value rebuilt(pickle::Tree& tree, const std::string& function, int64_t size, int64_t stride) {
+  const auto call = [&](const char* module, const std::string& name, std::vector<pickle::Value> args) {
+    pickle::Object object;
+    object.callable = tree.global(module, name);
+    object.args = tree.tuple(args);
+    return tree.object(object);
+  };
+  const pickle::Value storage = tree.persistent(tree.tuple(
+      {tree.str("storage"), tree.global("torch", "FloatStorage"), tree.str("0"), tree.str("cpu"), tree.integer(1)}));
+  return call("torch._utils", function,
+              {storage, tree.integer(0), tree.tuple({tree.integer(size)}), tree.tuple({tree.integer(stride)}),
+               tree.boolean(false), call("collections", "OrderedDict", {})});
+}
+
+TEST(ValueCodecTest, TensorsThatCannotBeHeldStayOpaque) {
+  const Bytes one(4);
+  const std::vector<ByteSpan> storages = {one};
+  pickle::Tree tree;
+  const auto decoded = [&](const pickle::Value& value) {
+    const Bytes archive = encode_value_archive(value, storages);
+    const StateValue back = decode_value(archive);
+    EXPECT_TRUE(!back.is<OpaqueValue>() || encode_value(back) == archive);
+    return back;
+  };
+  EXPECT_TRUE(decoded(tree.tuple({rebuilt(tree, "_rebuild_sparse_tensor", 1, 1)})).is<OpaqueValue>());
+  // One element, expanded to a terabyte; and one of a moderate size, a thousand times.
+  EXPECT_TRUE(decoded(rebuilt(tree, "_rebuild_tensor_v2", int64_t{1} << 38, 0)).is<OpaqueValue>());
+  const pickle::Value megabyte = rebuilt(tree, "_rebuild_tensor_v2", 1 << 18, 0);
+  EXPECT_TRUE(decoded(tree.list(std::vector<pickle::Value>(1000, megabyte))).is<OpaqueValue>());
+  const StateValue few = decoded(tree.list(std::vector<pickle::Value>(3, megabyte)));
+  EXPECT_EQ(few.as<StateList>()[2].as<at::Tensor>().numel(), 1 << 18);
+}
+
 TEST(ValueCodecTest, RefusesWhatCannotBeSavedInsideAnotherValue) {
   const ShardedTensor sharded({2}, at::kFloat, {{{{0}, {2}}, at::zeros({2})}});
   EXPECT_THROW(encode_value(StateTuple{{sharded}}), Error);
