@@ -335,7 +335,8 @@ RESHARD_DISTRIBUTED_TEST_F(Interop, InteropTest, OneToFourRanksReadWhatPyTorchWr
 
   // Objects that only Python knows are kept, and saved again as they were.
   StateDict objects;
-  for (const char* name : {"thing", "date", "path", "set", "complex", "enum", "dtype", "size", "int_keys", "huge"})
+  for (const char* name : {"thing", "date", "path", "set", "complex", "enum", "dtype", "size", "int_keys", "huge",
+                           "array", "range", "counter"})
     objects[name] = None{};
   StateDict state{{"objects", objects}};
   load(state, FileSystemReader(root + "/4"));

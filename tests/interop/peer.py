@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the PyTorch side of the interop tests shares. interop_test.cpp has the same network, optimizers and boxes."""
+import collections
 import ctypes
 import datetime
 import enum
@@ -57,6 +58,9 @@ def objects():
         "size": torch.Size([2, 3]),
         "int_keys": ({1: "one", 2: None},),
         "huge": 1 << 100,
+        "array": bytearray(b"\x00\xff"),
+        "range": range(3),
+        "counter": (collections.Counter("aab"),),
     }
 
 
