@@ -11,7 +11,6 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdio>
-#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -21,6 +20,7 @@
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
 #include "reshard/fsdp/optimizer_state.h"
+#include "reshard/storage/checkpoint_manager.h"
 #include "text.h"
 
 namespace {
@@ -29,6 +29,7 @@ struct Arguments {
   std::string checkpoint;
   int64_t steps = 20;
   int64_t save_every = 0;
+  int64_t keep_last = 0;
   bool resume = false;
   int64_t resume_step = -1;
   bool drop_moments = false;
@@ -43,24 +44,6 @@ struct Arguments {
   bool float64 = false;
   LanguageModelOptions model;
 };
-
-std::string step_directory(const std::string& root, int64_t step) { return root + "/step-" + std::to_string(step); }
-
-/// The newest committed step below `root`: only a committed checkpoint has a catalogue.
-int64_t newest_step(const std::string& root) {
-  int64_t newest = -1;
-  if (!std::filesystem::is_directory(root)) return newest;
-  for (const auto& entry : std::filesystem::directory_iterator(root)) {
-    const std::string name = entry.path().filename();
-    if (name.rfind("step-", 0) != 0 || !std::filesystem::exists(entry.path() / ".metadata")) continue;
-    try {
-      newest = std::max<int64_t>(newest, std::stoll(name.substr(5)));
-    } catch (const std::exception&) {
-      // step-something: not one of ours
-    }
-  }
-  return newest;
-}
 
 int train(const Arguments& args) {
   const auto world = reshard::init_process_group(
@@ -102,24 +85,35 @@ int train(const Arguments& args) {
     return state;
   };
 
+  // Rank 0 looks after the directory: one job at a time saves there, unfinished saves are cleaned up, old steps deleted.
+  std::optional<reshard::CheckpointManager> manager;
+  std::vector<int64_t> steps;
+  if (rank == 0) {
+    if (args.save_every > 0) {
+      manager.emplace(args.checkpoint, reshard::CheckpointManagerOptions{.keep_last = args.keep_last});
+      manager->resume();
+    }
+    steps = reshard::committed_steps(args.checkpoint);
+  }
+
   int64_t step = 0;
   if (args.resume) {
     // Rank 0 looks, all follow: a checkpoint that commits meanwhile must not split them.
     at::Tensor found = at::empty({1}, at::kLong);
-    found.fill_(args.resume_step >= 0 ? args.resume_step : newest_step(args.checkpoint));
+    found.fill_(args.resume_step >= 0 ? args.resume_step : steps.empty() ? -1 : steps.back());
     world->broadcast(found, 0);
     step = found.item<int64_t>();
     if (step < 0)
       throw reshard::Error(reshard::ErrorCode::kNotFound, "no committed checkpoint to resume from",
                            {.file = args.checkpoint});
     reshard::StateDict state = state_dict(!args.drop_moments, 0);
-    reshard::FileSystemReader reader(step_directory(args.checkpoint, step));
+    reshard::FileSystemReader reader(reshard::step_directory(args.checkpoint, step));
     reshard::load(state, reader);
     model->load_state_dict(state.at("model"));
     if (!args.drop_moments) reshard::load_optimizer_state_dict(optimizer, *model, state.at("optim"));
     if (state.at("step").as<int64_t>() != step) {
       throw reshard::Error(reshard::ErrorCode::kCorruptData, "the checkpoint is of another step",
-                           {.file = step_directory(args.checkpoint, step)});
+                           {.file = reshard::step_directory(args.checkpoint, step)});
     }
     at::Tensor bytes = at::empty({2}, at::kLong);
     bytes[0] = static_cast<int64_t>(reader.counters().bytes_read);
@@ -157,8 +151,9 @@ int train(const Arguments& args) {
       if (log) log << nlohmann::ordered_json{{"step", step}, {"loss", mean.item<double>()}}.dump() << std::endl;
     }
     if (args.save_every > 0 && step % args.save_every == 0) {
-      const auto result =
-          reshard::save(state_dict(true, step), reshard::FileSystemWriter(step_directory(args.checkpoint, step)));
+      const auto result = reshard::save(state_dict(true, step),
+                                        reshard::FileSystemWriter(reshard::step_directory(args.checkpoint, step)));
+      if (manager) manager->saved(step);
       if (rank == 0)
         std::printf("saved step %lld: %llu bytes\n", static_cast<long long>(step),
                     static_cast<unsigned long long>(result.bytes_written));
@@ -186,6 +181,7 @@ int main(int argc, char** argv) {
   app.add_option("--checkpoint", args.checkpoint, "directory of the checkpoints, one folder step-<n> each")->required();
   app.add_option("--steps", args.steps, "train up to this step");
   app.add_option("--save-every", args.save_every, "save every so many steps (0: never)");
+  app.add_option("--keep-last", args.keep_last, "keep so many of the newest checkpoints (0: all)");
   app.add_flag("--resume", args.resume, "go on from the newest committed checkpoint");
   app.add_option("--resume-step", args.resume_step, "with --resume: from this step");
   app.add_flag("--drop-moments", args.drop_moments,

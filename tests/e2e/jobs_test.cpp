@@ -88,6 +88,17 @@ TEST_F(TrainLmTest, GoesOnUnderEveryLauncherAsItWouldAlone) {
   }
 }
 
+TEST_F(TrainLmTest, KeepsTheLastSteps) {
+  std::filesystem::create_directories(directory_ / "ckpt/step-9");  // a save that never wrote anything
+  const auto [code, output] = run(train_lm({program("reshard"), "launch", "-n", "2", "--"},
+                                           {"--steps", "3", "--save-every", "1", "--keep-last", "2"}));
+  ASSERT_EQ(code, 0) << output;
+  EXPECT_FALSE(std::filesystem::exists(directory_ / "ckpt/step-1"));
+  EXPECT_TRUE(std::filesystem::exists(directory_ / "ckpt/step-2/.metadata"));
+  EXPECT_TRUE(std::filesystem::exists(directory_ / "ckpt/step-3/.metadata"));
+  EXPECT_FALSE(std::filesystem::exists(directory_ / "ckpt/step-9"));
+}
+
 TEST_F(TrainLmTest, SaysWhatIsWrong) {
   auto [code, output] = run(train_lm({}, {"--steps", "1", "--resume"}));
   EXPECT_EQ(code, 1);
