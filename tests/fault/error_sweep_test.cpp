@@ -283,5 +283,41 @@ TEST_P(ErrorSweepTest, OutOfMemoryAtEachAllocationOfASave) {
   std::printf("out of memory in a save, %zu ranks: %d allocations tried, 0 violations\n", world_size(), states);
 }
 
+TEST_P(ErrorSweepTest, OutOfMemoryAtEachAllocationOfALoad) {
+  Prepared(1, world_size()).copy_to(directory_);
+  int states = 0;
+  for (uint64_t first = 1;; first += world_size() == 1 ? 1 : 3) {
+    std::vector<MemoryLoadState> loaded;
+    for (size_t r = 0; r < world_size(); ++r) loaded.push_back(generation_destination());
+    const int rank = static_cast<int>(world_size()) - 1;
+    const FailingAllocations failing(rank, first, 1);
+    const auto outcomes = run_job(
+        world_size(),
+        [&](size_t r, Transport& transport) {
+          DefaultLoadPlanner planner;
+          FileSystemReader reader(directory_);
+          run_load(transport, loaded[r], planner, reader);
+        },
+        kShortSilence);
+    const uint64_t seen = failing.seen();
+    SCOPED_TRACE("allocation " + std::to_string(first) + "\n" + outcomes[0].text());
+    for (size_t r = 0; r < world_size(); ++r) {
+      // What is made before the load begins counts, too.
+      EXPECT_TRUE(outcomes[r].other_error.empty() || outcomes[r].other_error == "std::bad_alloc");
+      if (outcomes[r].ok) {
+        EXPECT_EQ(number_of(loaded[r]), 1);
+      }
+    }
+    if (seen < first) {
+      EXPECT_TRUE(outcomes[0].ok);
+      break;
+    }
+    ++states;
+    if (HasFailure()) return;
+  }
+  EXPECT_EQ(generation_in(directory_), 1);
+  std::printf("out of memory in a load, %zu ranks: %d allocations tried, 0 violations\n", world_size(), states);
+}
+
 }  // namespace
 }  // namespace reshard

@@ -47,9 +47,9 @@ class StraceTest : public testing::Test {
     prepared_.copy_to(directory_);
     const std::string log = place_ / "strace";
     const std::string error = place_ / "error";
-    const std::string command = "strace -qq -o " + log + " -e trace=" + call + " -e inject=" + call + ":" + injection +
-                                ":when=" + std::to_string(nth) + " " RESHARD_FAULT_SAVER " " + directory_ + " 2 2>" +
-                                error;
+    const std::string command = "strace -qq -E ASAN_OPTIONS=detect_leaks=0 -o " + log + " -e trace=" + call +
+                                " -e inject=" + call + ":" + injection + ":when=" + std::to_string(nth) +
+                                " " RESHARD_FAULT_SAVER " " + directory_ + " 2 2>" + error;
     const int status = std::system(("sh -c '" + command + "'").c_str());
     Run run;
     run.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);

@@ -265,14 +265,18 @@ int ftruncate(int fd, off_t length) noexcept {
 
 }  // extern "C"
 
-void* operator new(size_t size) {
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
   if (reshard::failing_allocations.load(std::memory_order_relaxed) && !reshard::inside &&
       reshard::current_rank() == reshard::failing_rank) {
     const uint64_t number = ++reshard::allocations;
-    if (number - reshard::first_failing < reshard::failing_count) throw std::bad_alloc();
+    if (number - reshard::first_failing < reshard::failing_count) return nullptr;
   }
-  if (void* memory = std::malloc(size != 0 ? size : 1)) return memory;
+  return std::malloc(size != 0 ? size : 1);
+}
+void* operator new(size_t size) {
+  if (void* memory = operator new(size, std::nothrow)) return memory;
   throw std::bad_alloc();
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
