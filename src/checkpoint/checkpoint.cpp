@@ -21,7 +21,7 @@ std::unique_ptr<Transport> make_transport(std::shared_ptr<ProcessGroup> group,
 
 SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions& options) {
   const auto transport = make_transport(options.process_group, options.silence_timeout);
-  DefaultSavePlanner default_planner;
+  DefaultSavePlanner default_planner({.verify_replicas = options.verify_replicas});
   const StateDictSaveState source(state);
   return run_save(*transport, source, options.planner ? *options.planner : default_planner, writer, options.progress);
 }

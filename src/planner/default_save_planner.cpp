@@ -6,6 +6,8 @@
 
 #include "format/utf8.h"
 #include "reshard/core/checked.h"
+#include "reshard/format/crc32.h"
+#include "reshard/format/sha256.h"
 #include "reshard/planner/default_planner.h"
 
 namespace reshard {
@@ -14,6 +16,8 @@ namespace {
 // What an item costs besides its payload, roughly: the archive around it.
 constexpr uint64_t kItemOverheadBytes = 1024;
 constexpr uint32_t kNone = ~uint32_t{0};
+// Contents are compared as the SHA-256 of the CRC-32s of blocks of this size: at the speed of the CRC.
+constexpr uint64_t kDigestBlockBytes = 64 << 10;
 
 bool is_bytes(const WriteItem& item) { return item.type == WriteItemType::kByteIo; }
 
@@ -33,6 +37,35 @@ std::string described(size_t rank, std::string_view value) {
                            size_t rank_b, const std::string& b) {
   throw Error(ErrorCode::kInvalidArgument, ranks_text(rank_a, rank_b) + " " + what,
               {.key = fqn, .found = described(rank_a, a) + ", " + described(rank_b, b)});
+}
+
+class ContentSummer {
+ public:
+  void add(ByteSpan data) {
+    for (size_t begin = 0; begin < data.size(); begin += kDigestBlockBytes) {
+      const uint32_t sum = crc32(data.subspan(begin, std::min<size_t>(kDigestBlockBytes, data.size() - begin)));
+      digest_.update(std::as_bytes(std::span(&sum, 1)));
+    }
+  }
+  ContentDigest finish() {
+    const Sha256Digest whole = digest_.finish();
+    ContentDigest result;
+    std::copy_n(whole.begin(), result.size(), result.begin());
+    return result;
+  }
+
+ private:
+  Sha256 digest_;
+};
+
+ContentDigest digest_of(const TensorView& view) {
+  ContentSummer summer;
+  if (is_contiguous(view.sizes, view.strides)) {
+    summer.add({view.data, static_cast<size_t>(volume(view.sizes) * element_size(view.dtype))});
+  } else {
+    for_each_dense_block(view, kDigestBlockBytes, [&](const Bytes& block) { summer.add(block); });
+  }
+  return summer.finish();
 }
 
 void check_item(const WriteItem& item, size_t rank) {
@@ -146,6 +179,14 @@ class ItemGroups {
       if (!(item(last).chunk == added.chunk)) {
         disagree("hold overlapping chunks of a tensor", added.index.fqn, last.rank, to_string(item(last).chunk), rank,
                  to_string(added.chunk));
+      }
+      if (item(last).content != added.content) {
+        throw Error(
+            ErrorCode::kInvalidArgument,
+            ranks_text(last.rank, rank) + " hold different contents under one key, and only one can be saved",
+            {.key = to_string(added.index),
+             .wanted = "equal contents, or a name for each rank (rank_local), or a sharded tensor, whose replicas "
+                       "are trusted"});
       }
       copies_[group.last].next = copy;
       group.last = copy;
@@ -311,6 +352,18 @@ SavePlan DefaultSavePlanner::create_local_plan() {
   return plan;
 }
 
+void DefaultSavePlanner::add_content_digests(SavePlan& plan) const {
+  for (WriteItem& item : plan.items) {
+    if (item.type == WriteItemType::kByteIo) {
+      ContentSummer summer;
+      summer.add(resolve_bytes(item));
+      item.content = summer.finish();
+    } else if (item.type == WriteItemType::kTensor || options_.verify_replicas) {
+      item.content = digest_of(resolve_tensor(item));
+    }
+  }
+}
+
 GlobalSavePlan DefaultSavePlanner::create_global_plan(std::vector<SavePlan> local_plans) {
   dedup_save_plans(local_plans, options_.dedup_save_to_lowest_rank ? DedupPolicy::kLowestRank : DedupPolicy::kBalanced);
   GlobalSavePlan global;
@@ -371,8 +424,8 @@ void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy) {
   std::vector<bool> kept;
   {
     const ItemGroups groups(plans);
-    if (groups.groups().size() == groups.copies().size()) return;
-    kept = choose_copies(groups, plans.size(), policy);
+    kept = groups.groups().size() == groups.copies().size() ? std::vector<bool>(groups.copies().size(), true)
+                                                            : choose_copies(groups, plans.size(), policy);
   }
   size_t copy = 0;
   for (SavePlan& plan : plans) {
@@ -380,7 +433,7 @@ void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy) {
     for (size_t i = 0; i < plan.items.size(); ++i, ++copy) {
       if (!kept[copy]) continue;
       if (n != i) plan.items[n] = std::move(plan.items[i]);
-      ++n;
+      plan.items[n++].content.reset();
     }
     plan.items.resize(n);
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/planner/plan_wire.h"
 
+#include <algorithm>
 #include <limits>
 #include <string_view>
 #include <unordered_map>
@@ -238,6 +239,10 @@ class Decoder {
   std::vector<std::string> files_;
 };
 
+// Flags of an item.
+constexpr uint8_t kShardItem = 1;
+constexpr uint8_t kHasContent = 2;
+
 // What the items of one key share. Written once, where the key appears first.
 struct ItemHead {
   std::string fqn;
@@ -306,12 +311,13 @@ Bytes encode_save_plan(const SavePlan& plan) {
     }
     encoder.count_copy(fqn.size() + item.properties.layout.size());
     encoder.hint(item.index.index, fqn);
+    out.u8((item.type == WriteItemType::kShard ? kShardItem : 0) | (item.content ? kHasContent : 0));
     if (is_bytes(item)) {
       out.varint(item.length);
     } else {
-      out.u8(item.type == WriteItemType::kShard);
       encoder.box(item.chunk, fqn);
     }
+    if (item.content) out.bytes(*item.content);
   }
   out.u8(!plan.storage.empty());
   for (const StorageInfo& info : plan.storage) encoder.storage(info);
@@ -362,14 +368,17 @@ SavePlan decode_save_plan(ByteSpan bytes) {
     item.properties = head.properties;
     decoder.count_copy(head.fqn.size() + head.properties.layout.size());
     item.index.index = decoder.hint();
+    const auto flags = decoder.choice<uint8_t>(4);
     if (head.is_bytes) {
+      if ((flags & kShardItem) != 0) decoder.fail("holds a value that is a shard");
       item.type = WriteItemType::kByteIo;
       item.length = in.varint();
     } else {
-      item.type = decoder.flag() ? WriteItemType::kShard : WriteItemType::kTensor;
+      item.type = (flags & kShardItem) != 0 ? WriteItemType::kShard : WriteItemType::kTensor;
       item.chunk = decoder.box(head.size.size());
       item.index.offset = item.chunk.offsets;
     }
+    if ((flags & kHasContent) != 0) std::ranges::copy(in.bytes(sizeof(ContentDigest)), item.content.emplace().begin());
   }
   if (decoder.flag()) {
     if (n > in.remaining() / 4) decoder.fail("ends before the places of its items");

@@ -434,6 +434,7 @@ SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePl
   auto part = star.attempt(Step::kPlan, [&] {
     planner.set_up_planner(state, star.is_coordinator());
     plan = planner.create_local_plan();
+    if (star.world_size() > 1) planner.add_content_digests(plan);
     test_point("save.planned");
     return star.is_coordinator() ? Bytes() : encode_save_plan(plan);
   });

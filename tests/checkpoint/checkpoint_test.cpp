@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "reshard/checkpoint/rank_local.h"
 #include "reshard/testing/torch_distributed_test.h"
 #include "support/temporary_directory.h"
 
@@ -125,6 +126,46 @@ RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, ReplicasAreWrittenOnceAndKey
   EXPECT_TRUE(target.at("replica").as<at::Tensor>().equal(at::arange(5, at::kInt)));
   EXPECT_TRUE(target.at("only1").as<at::Tensor>().equal(at::full({2}, 1)));
   EXPECT_EQ(target.at("value").as<int64_t>(), 42);
+}
+
+RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, OneKeyWithTwoContentsIsRefusedUnlessRankLocal, .ranks = 3) {
+  const auto group = process_group();
+  const std::string directory = (temp_dir() / "checkpoint").string();
+  const at::Tensor mine = at::full({5}, static_cast<double>(rank() == 2 ? 1 : 0));
+  const auto whole = [](const at::Tensor& tensor) {
+    return ShardedTensor({5}, tensor.scalar_type(), {{whole_box({5}), tensor}});
+  };
+  for (const StateValue& value : {StateValue(mine), StateValue(rank() == 2 ? "a" : "b"), StateValue(whole(mine))}) {
+    const StateDict state{{"model", StateDict{{"key", value}}}};
+    try {
+      save(state, FileSystemWriter(directory), {.verify_replicas = true});
+      ADD_FAILURE() << "saved " << value.type_name();
+    } catch (const CheckpointError& error) {
+      EXPECT_EQ(error.committed(), Committed::kNo);
+      for (const char* part : {"model.key", "ranks 1 and 2 hold different contents"})
+        EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    }
+  }
+  const StateDict state{
+      {"declared", whole(mine)}, {"rng", rank_local(mine, *group)}, {"name", rank_local(rank(), *group)}};
+  save(state, FileSystemWriter(directory));
+
+  StateDict target{{"rng", rank_local(at::zeros_like(mine), *group)}, {"name", rank_local(None{}, *group)}};
+  load(target, FileSystemReader(directory));
+  EXPECT_TRUE(rank_local_value(target.at("rng"), *group).as<at::Tensor>().equal(mine));
+  EXPECT_EQ(rank_local_value(target.at("name"), *group).as<int64_t>(), rank());
+
+  // On another number of ranks nobody can say whose they are.
+  const auto pair = new_group({0, 1});
+  if (!pair->is_member()) return;
+  StateDict fewer{{"rng", rank_local(at::zeros_like(mine), *pair)}};
+  try {
+    load(fewer, FileSystemReader(directory), {.process_group = pair});
+    ADD_FAILURE() << "loaded";
+  } catch (const CheckpointError& error) {
+    EXPECT_NE(std::string(error.what()).find("rng.rank_" + std::to_string(rank()) + "_of_2"), std::string::npos)
+        << error.what();
+  }
 }
 
 RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, OneRanksErrorIsEveryRanksErrorAndTheNextSaveWorks, .ranks = 2) {

@@ -333,6 +333,53 @@ TEST(DefaultSavePlannerTest, RanksThatDisagreeOnAKeyAreNamedWithBothValues) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "key w", save(bytes_entry("w", 4), replica_entry("w", {4})));
 }
 
+/// The plan of a rank that compares contents.
+SavePlan digested_plan(const MemorySaveState& state, DefaultSavePlannerOptions options = {}) {
+  DefaultSavePlanner planner(options);
+  planner.set_up_planner(state, false);
+  SavePlan plan = planner.create_local_plan();
+  planner.add_content_digests(plan);
+  return plan;
+}
+
+TEST(DefaultSavePlannerTest, ContentsOfOneKeyThatDifferAreRefusedByKeyAndRanks) {
+  const auto make = [](std::string_view value) {
+    MemorySaveState state({replica_entry("weight", {300, 100}), tensor_entry("shard", {4}, {{{0}, {4}}})});
+    state.add_value("step", value);
+    return state;
+  };
+  const MemorySaveState first = make("7"), second = make("7");
+  {
+    DefaultSavePlanner planner;
+    const GlobalSavePlan global = planner.create_global_plan({digested_plan(first), digested_plan(second)});
+    for (const SavePlan& plan : global.plans)
+      for (const WriteItem& item : plan.items) EXPECT_FALSE(item.content) << "what was compared is not sent back";
+  }
+  const auto expect_refused = [&](const MemorySaveState& other, const std::string& key,
+                                  DefaultSavePlannerOptions options) {
+    DefaultSavePlanner planner;
+    for (const DedupPolicy policy : {DedupPolicy::kBalanced, DedupPolicy::kLowestRank}) {
+      std::vector<SavePlan> plans{digested_plan(first, options), digested_plan(second, options),
+                                  digested_plan(other, options)};
+      EXPECT_ERROR(ErrorCode::kInvalidArgument, "ranks 1 and 2 hold different contents",
+                   dedup_save_plans(plans, policy));
+      EXPECT_ERROR(ErrorCode::kInvalidArgument, key, dedup_save_plans(plans, policy));
+    }
+  };
+  expect_refused(make("8"), "step", {});
+  for (const size_t changed :
+       {size_t{0}, size_t{65536}, size_t{119999}}) {  // the first byte, of the second block, the last
+    MemorySaveState other = make("7");
+    other.memory().buffer(0)[changed] ^= std::byte{1};
+    expect_refused(other, "weight", {});
+  }
+  MemorySaveState other = make("7");
+  other.memory().buffer(1)[5] ^= std::byte{1};
+  DefaultSavePlanner planner;
+  EXPECT_NO_THROW(planner.create_global_plan({digested_plan(first), digested_plan(other)})) << "a declared replica";
+  expect_refused(other, "shard", {.verify_replicas = true});
+}
+
 TEST(DefaultSavePlannerTest, NamesThatCollideAreRefused) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "same flattened name",
                plan_of({bytes_entry("a.b", 1), bytes_entry("a.b", 2)}));

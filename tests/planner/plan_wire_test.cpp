@@ -65,6 +65,7 @@ SavePlan random_plan(Random& random) {
       item.index.fqn = fqn;
       item.type = WriteItemType::kByteIo;
       item.length = static_cast<uint64_t>(random_between(random, 0, kMax));
+      if (random_between(random, 0, 1) == 0) item.content.emplace().fill(std::byte{7});
       plan.items.push_back(item);
       continue;
     }
@@ -78,6 +79,7 @@ SavePlan random_plan(Random& random) {
       item.properties = random_between(random, 0, 9) == 0 ? random_properties(random) : properties;
       item.index = {fqn, item.chunk.offsets, {}};
       if (random_between(random, 0, 1) == 0) item.index.index = random_between(random, 0, 1000);
+      if (random_between(random, 0, 1) == 0) item.content.emplace().fill(std::byte{9});
       plan.items.push_back(item);
     }
   }
@@ -245,6 +247,7 @@ Bytes name_bomb(size_t copies) {
       out.u8(1);  // a value
     }
     out.varint(0);  // no hint
+    out.u8(0);      // no flags
     out.varint(0);  // length
   }
   out.u8(0);

@@ -27,8 +27,10 @@ struct SaveOptions {
   /// Ranks that take part; rank 0 of the group coordinates. Null: the default group, or this process alone where there
   /// is none.
   std::shared_ptr<ProcessGroup> process_group = nullptr;
-  /// Null: DefaultSavePlanner.
+  /// Null: DefaultSavePlanner with the flag below, which a planner of the caller's own decides itself.
   SavePlanner* planner = nullptr;
+  /// Compares also the replicas of sharded tensors.
+  bool verify_replicas = false;
   /// A rank that shows no progress for so long is an error on all others. Default: the group's timeout.
   std::optional<std::chrono::milliseconds> silence_timeout = {};
   /// Called on this rank while bytes are written, from any thread.
@@ -46,7 +48,9 @@ struct LoadOptions {
 };
 
 /// Saves `state`, whose sharded tensors on all ranks together make whole tensors. A plain tensor or value under the
-/// same key on several ranks is a replica and is written once; ranks may hold different keys. When it returns, the
+/// same key on several ranks must be equal on them (kInvalidArgument names the key and two ranks that differ) and is
+/// written once; what differs by rank goes by rank_local (rank_local.h). A sharded tensor that is whole on several ranks is a
+/// declared replica: it is trusted, and costs no comparison. Ranks may hold different keys. When it returns, the
 /// checkpoint is committed and durable, on every rank. Tensors are read from where they lie (device tensors and lazily
 /// conjugated or negated ones through a copy); do not change them meanwhile.
 SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions& options = {});

@@ -15,8 +15,13 @@ namespace reshard {
 struct DefaultSavePlannerOptions {
   /// Replicated items go to the lowest rank that has them instead of the one with the least to write.
   bool dedup_save_to_lowest_rank = false;
+  /// Compares the replicas of sharded tensors, too, which otherwise are trusted. Reads every tensor once more.
+  bool verify_replicas = false;
 };
 
+/// A plain tensor or value under one key on several ranks must have one content: it is compared by digest while planning, and a
+/// difference is an error that names the key and two ranks (PyTorch keeps one of them, whichever). Boxes of sharded tensors that
+/// several ranks hold are declared replicas and trusted.
 /// Writes every chunk with elements once. Chunks without elements are left out, but a tensor that has none at all keeps
 /// one chunk, so that it exists in the checkpoint.
 class DefaultSavePlanner final : public SavePlanner {
@@ -24,6 +29,7 @@ class DefaultSavePlanner final : public SavePlanner {
   explicit DefaultSavePlanner(DefaultSavePlannerOptions options = {}) : options_(options) {}
   void set_up_planner(const SaveState& state, bool is_coordinator) override;
   SavePlan create_local_plan() override;
+  void add_content_digests(SavePlan& plan) const override;
   GlobalSavePlan create_global_plan(std::vector<SavePlan> local_plans) override;
   SavePlan finish_plan(SavePlan plan) override;
   TensorView resolve_tensor(const WriteItem& item) const override;
@@ -89,8 +95,8 @@ enum class DedupPolicy : uint8_t {
 /// Keeps each item that several plans hold (equal fqn and offsets) on one rank. Load is counted in bytes of the chunk
 /// (PyTorch counts the whole tensor), ties go to the lowest rank, so the result is a function of the plans. Order
 /// inside a plan is kept. Linear in the number of items. Throws kInvalidArgument naming key and ranks where plans
-/// contradict each other: a key that is a tensor here and a value there, sizes, dtypes or boxes that differ, an item
-/// twice in one plan.
+/// contradict each other: a key that is a tensor here and a value there, sizes, dtypes, boxes or contents that differ,
+/// an item twice in one plan. The items that stay have no content digest.
 void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy);
 
 /// The read items that fill `dest_chunk` (a box of the tensor `fqn`) from the chunks in `stored`, in the order of the

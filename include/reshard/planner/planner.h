@@ -5,7 +5,7 @@
 //
 // Save, in call order:
 //   1. all ranks      set_up_planner(state, is_coordinator)
-//   2. all ranks      create_local_plan()
+//   2. all ranks      create_local_plan(), then, where there is more than one, add_content_digests(plan)
 //   3. coordinator    create_global_plan(local plans, in rank order)
 //   4. all ranks      finish_plan(this rank's part of the global plan)
 //   5. all ranks      resolve_tensor / resolve_bytes for each write item, from any thread of the storage writer
@@ -15,6 +15,8 @@
 //   3. all ranks      for each read item: resolve_tensor, then commit_tensor; or load_bytes
 // A load is planned by each rank alone: every rank has the same catalogue.
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -31,6 +33,9 @@ enum class WriteItemType : uint8_t {
   kByteIo,  // a serialized value
 };
 
+/// Stands for the elements of a tensor or the bytes of a value when ranks compare what they hold.
+using ContentDigest = std::array<std::byte, 16>;
+
 /// One thing that a rank can write.
 struct WriteItem {
   MetadataIndex index;  // for tensors: fqn and the chunk's offsets
@@ -41,6 +46,8 @@ struct WriteItem {
   TensorProperties properties;
   // kByteIo:
   uint64_t length = 0;  // bytes of the serialized value
+  /// In a local plan, where copies of the item on other ranks must be equal: what this rank holds.
+  std::optional<ContentDigest> content = {};
   friend bool operator==(const WriteItem&, const WriteItem&) = default;
 };
 
@@ -66,6 +73,8 @@ class SavePlanner {
   /// `state` is borrowed until the save ends.
   virtual void set_up_planner(const SaveState& state, bool is_coordinator) = 0;
   virtual SavePlan create_local_plan() = 0;
+  /// Fills WriteItem::content of the items whose copies on other ranks are to be compared. None by default.
+  virtual void add_content_digests(SavePlan& /*plan*/) const {}
   /// Throws kInvalidArgument naming key and ranks if the plans do not describe whole tensors.
   virtual GlobalSavePlan create_global_plan(std::vector<SavePlan> local_plans) = 0;
   virtual SavePlan finish_plan(SavePlan plan) = 0;
