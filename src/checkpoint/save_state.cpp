@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "checkpoint/save_state.h"
 
+#include <algorithm>
+#include <unordered_map>
+#include <utility>
+
 #include "checkpoint/value_codec.h"
 #include "reshard/core/error.h"
 
@@ -28,17 +32,52 @@ TensorEntry make_tensor_entry(const std::string& fqn, const StateValue& value) {
   return entry;
 }
 
+namespace {
+
+bool are_same_memory(const at::Tensor& a, const at::Tensor& b) {
+  return a.unsafeGetTensorImpl() == b.unsafeGetTensorImpl() ||
+         (a.numel() > 0 && a.const_data_ptr() == b.const_data_ptr() && a.is_alias_of(b) && a.dtype() == b.dtype() &&
+          a.sizes() == b.sizes() && a.strides() == b.strides() && a.is_conj() == b.is_conj() &&
+          a.is_neg() == b.is_neg());
+}
+
+bool are_tied(const StateValue& a, const StateValue& b) {
+  if (a.is<at::Tensor>()) return b.is<at::Tensor>() && are_same_memory(a.as<at::Tensor>(), b.as<at::Tensor>());
+  if (!b.is<ShardedTensor>()) return false;
+  const auto& first = a.as<ShardedTensor>();
+  const auto& second = b.as<ShardedTensor>();
+  return first.size() == second.size() && !first.shards().empty() &&
+         std::ranges::equal(first.shards(), second.shards(), [](const LocalShard& x, const LocalShard& y) {
+           return x.box == y.box && are_same_memory(x.tensor, y.tensor);
+         });
+}
+
+/// Where a value's first elements lie: equal for tied values. Null for what cannot be tied.
+const void* memory_of(const StateValue& value) {
+  if (value.is<at::Tensor>()) return value.as<at::Tensor>().const_data_ptr();
+  const std::vector<LocalShard>& shards = value.as<ShardedTensor>().shards();
+  return shards.empty() ? nullptr : shards.front().tensor.const_data_ptr();
+}
+
+}  // namespace
+
 const std::vector<StateEntry>& StateDictSaveState::entries() const {
   if (flat_) return entries_;
   items_ = flatten(state_);
   archives_.resize(items_.size());
   entries_.clear();
   entries_.reserve(items_.size());
+  std::unordered_map<const void*, size_t> by_memory;  // the first entry that lies there
   for (size_t i = 0; i < items_.size(); ++i) {
     const auto& item = items_[i];
     StateEntry entry{item.fqn, item.path, {}};
     if (item.value->is<at::Tensor>() || item.value->is<ShardedTensor>()) {
-      entry.value = make_tensor_entry(item.fqn, *item.value);
+      TensorEntry tensor = make_tensor_entry(item.fqn, *item.value);
+      if (const void* memory = memory_of(*item.value)) {
+        const auto [it, added] = by_memory.try_emplace(memory, i);
+        if (!added && are_tied(*items_[it->second].value, *item.value)) tensor.tied_to = it->second;
+      }
+      entry.value = std::move(tensor);
     } else {
       archives_[i] = with_error_context({.key = item.fqn}, [&] { return encode_value(*item.value); });
       entry.value = BytesEntry{archives_[i].size()};

@@ -90,6 +90,20 @@ void check_item(const WriteItem& item, size_t rank) {
   }
 }
 
+void check_tie(const SavePlan& plan, size_t i, size_t rank) {
+  const WriteItem& item = plan.items[i];
+  if (!item.tied_to) return;
+  if (*item.tied_to < i) {
+    const WriteItem& first = plan.items[*item.tied_to];
+    if (!first.tied_to && first.type == item.type && first.chunk == item.chunk &&
+        first.properties.dtype == item.properties.dtype) {
+      return;
+    }
+  }
+  throw Error(ErrorCode::kInvalidArgument, "write item is tied to something else than an equal, earlier one",
+              {.rank = static_cast<int>(rank), .key = to_string(item.index), .found = std::to_string(*item.tied_to)});
+}
+
 // Items of one key, proposed by two ranks, must speak of the same thing.
 void check_same_key(const WriteItem& a, size_t rank_a, const WriteItem& b, size_t rank_b) {
   const std::string& fqn = a.index.fqn;
@@ -128,7 +142,9 @@ class ItemGroups {
     if (n >= kNone) throw Error(ErrorCode::kUnsupported, "more than 2^32 - 2 write items in one save");
     copies_.reserve(n);
     table_.assign(std::bit_ceil(2 * n + 1), kNone);
+    first_copy_.reserve(plans.size());
     for (uint32_t rank = 0; rank < plans.size(); ++rank) {
+      first_copy_.push_back(copies_.size());
       for (uint32_t i = 0; i < plans[rank].items.size(); ++i) add(rank, i);
     }
   }
@@ -136,6 +152,7 @@ class ItemGroups {
   const std::vector<Copy>& copies() const { return copies_; }
   const std::vector<Group>& groups() const { return groups_; }
   const WriteItem& item(const Copy& copy) const { return plans_[copy.rank].items[copy.item]; }
+  size_t copy_of(uint32_t rank, size_t item) const { return first_copy_[rank] + item; }
 
  private:
   struct Key {
@@ -157,6 +174,7 @@ class ItemGroups {
   void add(uint32_t rank, uint32_t item_index) {
     const WriteItem& added = plans_[rank].items[item_index];
     check_item(added, rank);
+    check_tie(plans_[rank], item_index, rank);
     const uint32_t key = key_of(added, rank);
     const auto copy = static_cast<uint32_t>(copies_.size());
     copies_.push_back({rank, item_index});
@@ -195,7 +213,8 @@ class ItemGroups {
   }
 
   const std::vector<SavePlan>& plans_;
-  std::vector<Copy> copies_;  // in walking order: rank by rank, item by item
+  std::vector<Copy> copies_;        // in walking order: rank by rank, item by item
+  std::vector<size_t> first_copy_;  // of each rank
   std::vector<Group> groups_;
   std::vector<uint32_t> table_;  // of groups
   std::vector<Key> keys_;
@@ -216,9 +235,12 @@ std::vector<bool> choose_copies(const ItemGroups& groups, size_t world_size, Ded
   for (const auto& group : groups.groups()) {
     const auto& first = copies[group.first];
     const bool alone = first.next == kNone;
+    const bool tied = groups.item(first).tied_to.has_value();
     if (alone || policy == DedupPolicy::kLowestRank) kept[group.first] = true;
-    if (alone) load[first.rank] += cost_of(groups.item(first));
-    if (!alone && policy == DedupPolicy::kBalanced) replicated.push_back({cost_of(groups.item(first)), group.first});
+    if (alone && !tied) load[first.rank] += cost_of(groups.item(first));
+    if (!alone && !tied && policy == DedupPolicy::kBalanced) {
+      replicated.push_back({cost_of(groups.item(first)), group.first});
+    }
   }
   std::stable_sort(replicated.begin(), replicated.end(), [](auto& a, auto& b) { return a.cost > b.cost; });
   for (const auto& [cost, first] : replicated) {
@@ -228,6 +250,16 @@ std::vector<bool> choose_copies(const ItemGroups& groups, size_t world_size, Ded
     }
     kept[best] = true;
     load[copies[best].rank] += cost;
+  }
+  // A tied item stays with what it is tied to, where it costs nothing.
+  for (const auto& group : groups.groups()) {
+    if (kept[group.first] || !groups.item(copies[group.first]).tied_to) continue;
+    uint32_t best = kNone;
+    for (uint32_t copy = group.first; copy != kNone && best == kNone; copy = copies[copy].next) {
+      const auto tied_to = groups.item(copies[copy]).tied_to;
+      if (tied_to && kept[groups.copy_of(copies[copy].rank, *tied_to)]) best = copy;
+    }
+    kept[best == kNone ? group.first : best] = true;
   }
   return kept;
 }
@@ -289,6 +321,7 @@ SavePlan DefaultSavePlanner::create_local_plan() {
   plan.planner_data.reserve(entries.size());
   places_.clear();
   places_.reserve(entries.size());
+  std::vector<size_t> first_items(entries.size());
 
   const auto add = [&](WriteItem item, Place where) {
     const auto [it, added] = places_.try_emplace(item.index, where);
@@ -303,6 +336,7 @@ SavePlan DefaultSavePlanner::create_local_plan() {
 
   for (size_t e = 0; e < entries.size(); ++e) {
     const auto& [fqn, path, value] = entries[e];
+    first_items[e] = plan.items.size();
     if (!is_utf8(fqn)) throw Error(ErrorCode::kInvalidArgument, "the name of a value is no UTF-8", {.key = fqn});
     if (!plan.planner_data.insert(fqn, path)) {
       throw Error(ErrorCode::kInvalidArgument, "two values of the state dict have the same flattened name",
@@ -324,6 +358,7 @@ SavePlan DefaultSavePlanner::create_local_plan() {
       item.chunk = chunk;
       item.size = tensor.size;
       item.properties = tensor.properties;
+      if (tensor.tied_to) item.tied_to = first_items[*tensor.tied_to] + (plan.items.size() - first_items[e]);
       add(std::move(item), {e, c});
     };
     for (const Box& chunk : tensor.chunks) {
@@ -354,7 +389,9 @@ SavePlan DefaultSavePlanner::create_local_plan() {
 
 void DefaultSavePlanner::add_content_digests(SavePlan& plan) const {
   for (WriteItem& item : plan.items) {
-    if (item.type == WriteItemType::kByteIo) {
+    if (item.tied_to) {
+      item.content = plan.items[*item.tied_to].content;
+    } else if (item.type == WriteItemType::kByteIo) {
       ContentSummer summer;
       summer.add(resolve_bytes(item));
       item.content = summer.finish();
@@ -430,10 +467,14 @@ void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy) {
   size_t copy = 0;
   for (SavePlan& plan : plans) {
     size_t n = 0;
+    std::vector<std::optional<size_t>> moved_to(plan.items.size());
     for (size_t i = 0; i < plan.items.size(); ++i, ++copy) {
       if (!kept[copy]) continue;
       if (n != i) plan.items[n] = std::move(plan.items[i]);
-      plan.items[n++].content.reset();
+      WriteItem& item = plan.items[n];
+      item.content.reset();
+      if (item.tied_to) item.tied_to = moved_to[*item.tied_to];
+      moved_to[i] = n++;
     }
     plan.items.resize(n);
   }

@@ -242,6 +242,7 @@ class Decoder {
 // Flags of an item.
 constexpr uint8_t kShardItem = 1;
 constexpr uint8_t kHasContent = 2;
+constexpr uint8_t kTied = 4;
 
 // What the items of one key share. Written once, where the key appears first.
 struct ItemHead {
@@ -311,13 +312,15 @@ Bytes encode_save_plan(const SavePlan& plan) {
     }
     encoder.count_copy(fqn.size() + item.properties.layout.size());
     encoder.hint(item.index.index, fqn);
-    out.u8((item.type == WriteItemType::kShard ? kShardItem : 0) | (item.content ? kHasContent : 0));
+    out.u8((item.type == WriteItemType::kShard ? kShardItem : 0) | (item.content ? kHasContent : 0) |
+           (item.tied_to ? kTied : 0));
     if (is_bytes(item)) {
       out.varint(item.length);
     } else {
       encoder.box(item.chunk, fqn);
     }
     if (item.content) out.bytes(*item.content);
+    if (item.tied_to) out.varint(*item.tied_to);
   }
   out.u8(!plan.storage.empty());
   for (const StorageInfo& info : plan.storage) encoder.storage(info);
@@ -349,7 +352,8 @@ SavePlan decode_save_plan(ByteSpan bytes) {
 
   const size_t n = in.count(3);
   plan.items.resize(n);
-  for (WriteItem& item : plan.items) {
+  for (size_t i = 0; i < n; ++i) {
+    WriteItem& item = plan.items[i];
     size_t id = read_head_id();
     if (id == 0) {
       ItemHead head;
@@ -368,7 +372,7 @@ SavePlan decode_save_plan(ByteSpan bytes) {
     item.properties = head.properties;
     decoder.count_copy(head.fqn.size() + head.properties.layout.size());
     item.index.index = decoder.hint();
-    const auto flags = decoder.choice<uint8_t>(4);
+    const auto flags = decoder.choice<uint8_t>(8);
     if (head.is_bytes) {
       if ((flags & kShardItem) != 0) decoder.fail("holds a value that is a shard");
       item.type = WriteItemType::kByteIo;
@@ -379,6 +383,10 @@ SavePlan decode_save_plan(ByteSpan bytes) {
       item.index.offset = item.chunk.offsets;
     }
     if ((flags & kHasContent) != 0) std::ranges::copy(in.bytes(sizeof(ContentDigest)), item.content.emplace().begin());
+    if ((flags & kTied) != 0) {
+      item.tied_to = in.varint();
+      if (*item.tied_to >= i) decoder.fail("ties an item to one that is not before it");
+    }
   }
   if (decoder.flag()) {
     if (n > in.remaining() / 4) decoder.fail("ends before the places of its items");

@@ -412,7 +412,8 @@ std::vector<Bytes> plan_globally(std::vector<SavePlan> local_plans, SavePlanner&
       if (!save.metadata.storage_data.insert(plan.items[i].index, plan.storage[i])) {
         throw Error(ErrorCode::kInternal, "an item is written twice", {.key = to_string(plan.items[i].index)});
       }
-      save.result.bytes_written += plan.storage[i].length;
+      const auto tied_to = plan.items[i].tied_to;
+      if (!tied_to || plan.storage[i] != plan.storage[*tied_to]) save.result.bytes_written += plan.storage[i].length;
     }
     save.result.items += plan.items.size();
     save.expected[r] = {Vote::shorten(Sha256::of(answers[r])), Vote::shorten(receipts.finish()), std::nullopt};

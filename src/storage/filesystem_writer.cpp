@@ -44,7 +44,7 @@ uint64_t tensor_bytes(const WriteItem& item) {
 
 using Bucket = std::vector<size_t>;  // indices of items, in file order
 
-/// Values first, then tensors, as PyTorch does; one bucket a file.
+/// Values first, then tensors, as PyTorch does; one bucket a file. Tied items are in none.
 std::vector<Bucket> fill_buckets(const std::vector<WriteItem>& items, const FileSystemWriterOptions& options) {
   Bucket order;
   order.reserve(items.size());
@@ -53,7 +53,7 @@ std::vector<Bucket> fill_buckets(const std::vector<WriteItem>& items, const File
   }
   const size_t values = order.size();
   for (size_t i = 0; i < items.size(); ++i) {
-    if (items[i].type != WriteItemType::kByteIo) order.push_back(i);
+    if (items[i].type != WriteItemType::kByteIo && !items[i].tied_to) order.push_back(i);
   }
   std::vector<Bucket> buckets;
   if (!options.single_file_per_rank) {
@@ -99,6 +99,9 @@ void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const F
           item.type == WriteItemType::kByteIo ? item.length : archive_of(item, options.storage_alignment).length();
       end = checked_add(place.offset, place.length, "size of a data file");
     }
+  }
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    if (plan.items[i].tied_to) plan.storage[i] = plan.storage[*plan.items[i].tied_to];
   }
 }
 
@@ -234,6 +237,7 @@ std::vector<FileJob> jobs_of(const SavePlan& plan) {
   std::vector<FileJob> jobs;
   std::unordered_map<std::string_view, size_t> index;
   for (size_t i = 0; i < plan.items.size(); ++i) {
+    if (plan.items[i].tied_to) continue;
     const auto [it, inserted] = index.try_emplace(plan.storage[i].relative_path, jobs.size());
     if (inserted) jobs.push_back({plan.storage[i].relative_path, {}});
     jobs[it->second].items.push_back(i);
@@ -343,9 +347,18 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
   written_.clear();
   sidecar_digest_.reset();
   uint64_t total = 0;
-  for (const StorageInfo& place : plan.storage) total += place.length;
-
   std::vector<WriteResult> results(plan.items.size());
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    if (const auto tied_to = plan.items[i].tied_to) {
+      // Written with the item that it is tied to, or the save fails.
+      if (plan.storage[i] != plan.storage[*tied_to]) {
+        disagree("place of a tied item", to_string(plan.items[*tied_to].index), to_string(plan.items[i].index));
+      }
+      results[i] = {plan.items[i].index, plan.storage[i]};
+    } else {
+      total += plan.storage[i].length;
+    }
+  }
   const std::vector<FileJob> jobs = jobs_of(plan);
   Sidecar sidecar{.library_version = {},
                   .save_id = context.save_id,

@@ -9,6 +9,7 @@
 #include <fstream>
 
 #include "reshard/checkpoint/rank_local.h"
+#include "reshard/storage/verify.h"
 #include "reshard/testing/torch_distributed_test.h"
 #include "support/temporary_directory.h"
 
@@ -166,6 +167,59 @@ RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, OneKeyWithTwoContentsIsRefus
     EXPECT_NE(std::string(error.what()).find("rng.rank_" + std::to_string(rank()) + "_of_2"), std::string::npos)
         << error.what();
   }
+}
+
+RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, TiedTensorsAreWrittenOnceAndComeBackTied, .ranks = 3) {
+  process_group();
+  // Two names of a replica, of a shard, and of a parameter beside its detached self; and two that only begin alike.
+  const auto make = [&](double scale) {
+    const at::Tensor replica = at::arange(3000, at::kFloat) * scale;
+    const ShardedTensor sharded = rows_of(900, rank() * 300, (rank() + 1) * 300, scale);
+    const at::Tensor parameter = (at::ones({1000}) * scale).requires_grad_();
+    return StateDict{{"embedding", replica},
+                     {"parameter", parameter},
+                     {"rows", sharded},
+                     {"head", replica},
+                     {"detached", parameter.detach()},
+                     {"tied_rows", sharded},
+                     {"reshaped", replica.view({3, 1000})}};
+  };
+  const std::string dir = (temp_dir() / "ckpt").string();
+  const SaveResult result = save(make(1), FileSystemWriter(dir));
+  EXPECT_EQ(result.items, 1u + 1 + 3 + 1 + 1 + 3 + 1);
+  // embedding and reshaped 12,000 each, parameter 4,000, rows 10,800 in three items: and an archive around each.
+  EXPECT_LT(result.bytes_written, 12000u * 2 + 4000 + 10800 + 6 * 2000);
+
+  const Metadata metadata = FileSystemReader(dir).read_metadata();
+  const auto places_of = [&](const std::string& fqn) {
+    std::vector<std::tuple<std::string, uint64_t, uint64_t>> places;
+    for (const auto& [index, place] : metadata.storage_data) {
+      if (index.fqn == fqn) places.emplace_back(place.relative_path, place.offset, place.length);
+    }
+    return places;
+  };
+  EXPECT_EQ(places_of("head"), places_of("embedding"));
+  EXPECT_EQ(places_of("detached"), places_of("parameter"));
+  EXPECT_EQ(places_of("tied_rows"), places_of("rows"));
+  EXPECT_NE(places_of("reshaped"), places_of("embedding"));
+  EXPECT_TRUE(verify_checkpoint(dir).problems.empty());
+
+  StateDict target = make(0);
+  load(target, FileSystemReader(dir));
+  const StateDict wanted = make(1);
+  for (const char* key : {"embedding", "head", "parameter", "detached"})
+    EXPECT_TRUE(target.at(key).as<at::Tensor>().equal(wanted.at(key).as<at::Tensor>())) << key;
+  EXPECT_TRUE(target.at("head").as<at::Tensor>().is_same(target.at("embedding").as<at::Tensor>()));
+  EXPECT_TRUE(target.at("tied_rows")
+                  .as<ShardedTensor>()
+                  .shards()[0]
+                  .tensor.equal(wanted.at("rows").as<ShardedTensor>().shards()[0].tensor));
+  // Into tensors that are not tied, each name has its values.
+  StateDict apart{{"head", at::zeros({3000})}, {"tied_rows", rows_of(900, 0, 900, 0)}};
+  load(apart, FileSystemReader(dir));
+  EXPECT_TRUE(apart.at("head").as<at::Tensor>().equal(at::arange(3000, at::kFloat)));
+  EXPECT_TRUE(
+      apart.at("tied_rows").as<ShardedTensor>().shards()[0].tensor.equal(rows_of(900, 0, 900, 1).shards()[0].tensor));
 }
 
 RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, OneRanksErrorIsEveryRanksErrorAndTheNextSaveWorks, .ranks = 2) {

@@ -380,6 +380,53 @@ TEST(DefaultSavePlannerTest, ContentsOfOneKeyThatDifferAreRefusedByKeyAndRanks) 
   expect_refused(other, "shard", {.verify_replicas = true});
 }
 
+TEST(DefaultSavePlannerTest, TiedItemsStayWithWhatTheyAreTiedTo) {
+  // Balance alone would put "embedding" on one rank and "head" on the other.
+  const auto entries = [](bool tied) {
+    std::vector<StateEntry> list{replica_entry("embedding", {1000}), replica_entry("other", {700}),
+                                 replica_entry("head", {1000})};
+    if (tied) std::get<TensorEntry>(list[2].value).tied_to = 0;
+    return list;
+  };
+  for (const bool lowest : {false, true}) {
+    const auto global =
+        globally({plan_of(entries(true)), plan_of(entries(true))}, {.dedup_save_to_lowest_rank = lowest});
+    ASSERT_EQ(names_of(global.plans[0]).front(), "embedding [0]");
+    ASSERT_EQ(names_of(global.plans[0]).back(), "head [0]");
+    EXPECT_EQ(global.plans[0].items.back().tied_to, 0u);
+    EXPECT_EQ(global.plans[1].items.size(), lowest ? 0u : 1u) << "what is tied weighs nothing";
+  }
+  // The index follows what it names when items before it go to other ranks.
+  std::vector<StateEntry> shifted = entries(true);
+  shifted.insert(shifted.begin(), replica_entry("first", {2000}));
+  std::get<TensorEntry>(shifted[3].value).tied_to = 1;
+  const auto global = globally({plan_of({replica_entry("first", {2000})}), plan_of(shifted)});
+  EXPECT_EQ(names_of(global.plans[1]), (std::vector<std::string>{"embedding [0]", "other [0]", "head [0]"}));
+  EXPECT_EQ(global.plans[1].items[2].tied_to, 0u);
+  // Ranks that disagree on what is tied.
+  const auto mixed = globally({plan_of(entries(false)), plan_of(entries(true))});
+  size_t heads = 0;
+  for (const SavePlan& plan : mixed.plans) {
+    for (const WriteItem& item : plan.items) {
+      heads += item.index.fqn == "head" ? 1 : 0;
+      if (item.tied_to) {
+        EXPECT_EQ(plan.items.at(*item.tied_to).index.fqn, "embedding");
+      }
+    }
+  }
+  EXPECT_EQ(heads, 1u);
+}
+
+TEST(DefaultSavePlannerTest, ItemsTiedToOthersThanTheirEqualsAreRefused) {
+  for (const auto& [name, tied_to] : {std::pair("itself", size_t{1}), std::pair("beyond", size_t{9}),
+                                      std::pair("another size", size_t{0}), std::pair("a value", size_t{2})}) {
+    SavePlan plan = plan_of({replica_entry("small", {3}), replica_entry("large", {4}), bytes_entry("value", 1),
+                             replica_entry("tied", {4})});
+    plan.items[name == std::string("itself") ? 1 : 3].tied_to = tied_to;
+    EXPECT_ERROR(ErrorCode::kInvalidArgument, "tied to something else", globally({plan})) << name;
+  }
+}
+
 TEST(DefaultSavePlannerTest, NamesThatCollideAreRefused) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "same flattened name",
                plan_of({bytes_entry("a.b", 1), bytes_entry("a.b", 2)}));

@@ -83,6 +83,11 @@ SavePlan random_plan(Random& random) {
       plan.items.push_back(item);
     }
   }
+  for (size_t i = 1; i < plan.items.size(); ++i) {
+    if (random_between(random, 0, 4) == 0) {
+      plan.items[i].tied_to = static_cast<size_t>(random_between(random, 0, static_cast<int64_t>(i) - 1));
+    }
+  }
   if (random_between(random, 0, 1) == 0) {
     for (size_t i = 0; i < plan.items.size(); ++i) plan.storage.push_back(random_storage(random));
   }

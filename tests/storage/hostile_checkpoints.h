@@ -369,8 +369,11 @@ inline std::vector<HostileCheckpoint> hostile_checkpoints() {
        edit_place(kBias, [](StorageInfo& place) { place.length = 0; })},
       {"PlaceIsAnotherTensors", kLoad, kCorrupt, "not the one of the catalogue",
        edit([](Metadata& m) { *m.storage_data.find(kBias) = *m.storage_data.find(kSecondHalf); })},
-      {"PlacesOverlap", kVerify, kCorrupt, "overlaps the one before",
-       edit([](Metadata& m) { *m.storage_data.find(kBias) = *m.storage_data.find(kSecondHalf); })},
+      {"PlacesOverlap", kVerify, kCorrupt, "overlaps the one before", edit([](Metadata& m) {
+         StorageInfo& place = *m.storage_data.find(kBias);
+         place = *m.storage_data.find(kSecondHalf);
+         place.offset += 8;
+       })},
       {"ItemIsTransformed", kLoad, kUnsupported, "stream.zstd/1",
        edit_place(kBias, [](StorageInfo& place) { place.transform_descriptors = {"stream.zstd/1"}; })},
       // archives

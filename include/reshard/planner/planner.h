@@ -48,6 +48,9 @@ struct WriteItem {
   uint64_t length = 0;  // bytes of the serialized value
   /// In a local plan, where copies of the item on other ranks must be equal: what this rank holds.
   std::optional<ContentDigest> content = {};
+  /// Index in the same plan of an earlier item, not tied itself, with the same elements: the storage may give both one
+  /// place and write it once.
+  std::optional<size_t> tied_to = {};
   friend bool operator==(const WriteItem&, const WriteItem&) = default;
 };
 

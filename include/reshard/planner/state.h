@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <variant>
@@ -24,6 +25,9 @@ struct TensorEntry {
   Dims size;                // of the whole tensor
   std::vector<Box> chunks;  // this rank's boxes; may be empty on a rank that holds no part
   bool sharded = false;     // false: every rank that has the key holds the whole tensor (one chunk)
+  /// Index of an earlier entry of the same state dict, not tied itself, whose chunks are the very same memory: a tied
+  /// parameter under its second name. It is written once.
+  std::optional<size_t> tied_to = {};
 };
 
 /// A value that is not a tensor, serialized: `length` bytes of torch.save archive.
