@@ -9,6 +9,7 @@
 #include "reshard/format/dcp_metadata.h"
 #include "reshard/format/sidecar.h"
 #include "reshard/storage/filesystem.h"
+#include "reshard/storage/verify.h"
 #include "storage/checkpoint_runs.h"
 #include "support/expect_error.h"
 #include "support/fault_file_system.h"
@@ -291,6 +292,159 @@ TEST_F(FileSystemReaderTest, RefusesATensorThatIsNotTheOneOfTheCatalogue) {
     EXPECT_ERROR(ErrorCode::kCorruptData, "not the one of the catalogue; rank 0, key a",
                  read_alone(directory_.path(), state, {}, local_file_system(), swap));
   }
+}
+
+/// The default planner, but for the destination that it gives.
+class StubbornLoadPlanner final : public LoadPlanner {
+ public:
+  explicit StubbornLoadPlanner(std::function<void(MutableTensorView&)> change) : change_(std::move(change)) {}
+  void set_up_planner(LoadState& state, const Metadata& metadata, bool is_coordinator) override {
+    planner_.set_up_planner(state, metadata, is_coordinator);
+  }
+  LoadPlan create_local_plan() override { return planner_.create_local_plan(); }
+  const LoadReport& report() const override { return planner_.report(); }
+  MutableTensorView resolve_tensor(const ReadItem& item) override {
+    MutableTensorView view = planner_.resolve_tensor(item);
+    change_(view);
+    return view;
+  }
+  void commit_tensor(const ReadItem& item, const MutableTensorView& view) override {
+    planner_.commit_tensor(item, view);
+  }
+  void load_bytes(const ReadItem& item, ByteSpan archive) override { planner_.load_bytes(item, archive); }
+
+ private:
+  DefaultLoadPlanner planner_;
+  std::function<void(MutableTensorView&)> change_;
+};
+
+TEST_F(FileSystemReaderTest, NamesWhatIsNotAsPlanned) {
+  save(states<MemorySaveState>({{replica_entry("small", {4, 4}), replica_entry("large", {200, 200})}}));
+  const auto refuse = [&](ErrorCode code, const char* text, const std::function<void(LoadPlan&)>& change_plan,
+                          const std::function<void(MutableTensorView&)>& change_view) {
+    FileSystemReader reader(directory_.path());
+    const Metadata metadata = reader.read_metadata();
+    MemoryLoadState state({replica_entry("small", {4, 4}), replica_entry("large", {200, 200})});
+    StubbornLoadPlanner planner(change_view);
+    reader.set_up_storage_reader(metadata);
+    planner.set_up_planner(state, metadata, true);
+    LoadPlan plan = planner.create_local_plan();
+    change_plan(plan);
+    const auto read = [&] { reader.read_data(plan, planner, {}); };
+    if (text == nullptr) return read();
+    EXPECT_ERROR(code, text, read());
+  };
+  const auto same_plan = [](LoadPlan&) {};
+  const auto same_view = [](MutableTensorView&) {};
+  refuse(ErrorCode::kInternal, nullptr, same_plan, same_view);
+  refuse(ErrorCode::kInternal, "destination is not as planned; rank 0, key small", same_plan,
+         [](MutableTensorView& view) { view.dtype = DType::kInt32; });
+  refuse(ErrorCode::kInternal, "destination is not as planned; rank 0, key large", same_plan,
+         [](MutableTensorView& view) {
+           if (view.sizes[0] == 200) view.sizes = {100, 400};
+         });
+  const auto refuse_plan = [&](ErrorCode code, const char* text, const std::function<void(ReadItem&)>& change) {
+    refuse(
+        code, text, [&](LoadPlan& plan) { change(plan.items.at(0)); }, same_view);
+  };
+  refuse_plan(ErrorCode::kCorruptData, "has no item ghost", [](ReadItem& item) { item.storage_index.fqn = "ghost"; });
+  refuse_plan(ErrorCode::kCorruptData, "has no item small [1, 0]", [](ReadItem& item) {
+    item.storage_index.offset = Dims{1, 0};
+  });
+  refuse_plan(ErrorCode::kInternal, "differ on what is a tensor", [](ReadItem& item) { item.is_bytes = true; });
+  refuse_plan(ErrorCode::kInternal, "a region outside its stored chunk", [](ReadItem& item) {
+    item.storage_offsets = {1, 0};
+  });
+}
+
+/// A checkpoint as PyTorch saves a transposed tensor: its storage as it lies, and strides. `conj`: of complex64.
+class TransposedCheckpoint {
+ public:
+  static constexpr int64_t kRows = 200, kColumns = 100;  // more than is read packed
+  explicit TransposedCheckpoint(const std::string& directory, bool conj = false) : directory_(directory) {
+    dtype = conj ? DType::kComplex64 : DType::kFloat32;
+    payload = pattern_of("t", {kColumns, kRows}, whole_box({kColumns, kRows}), element_size(dtype));
+    pickle::Tree tree;
+    const auto dense = make_tensor_value(tree, dtype, {kRows, kColumns}, 0).as_object();
+    std::vector<pickle::Value> args(dense.args.items().begin(), dense.args.items().end());
+    args[3] = tree.tuple({pickle::Tree::integer(1), pickle::Tree::integer(kRows)});
+    if (conj) args.push_back(tree.dict({{tree.str("conj"), pickle::Tree::boolean(true)}}));
+    pickle::Object rebuild = dense;
+    rebuild.args = tree.tuple(args);
+    archive = encode_value_archive(tree.object(rebuild), std::vector<ByteSpan>{payload});
+    Metadata metadata;
+    const Box all = whole_box({kRows, kColumns});
+    metadata.state_dict_metadata.insert("t", TensorStorageMetadata{{.dtype = dtype}, {kRows, kColumns}, {all}});
+    metadata.storage_data.insert({"t", Dims{0, 0}, 0}, {"__0_0.distcp", 0, archive.size(), {}});
+    overwrite(directory_ + "/.metadata", encode_metadata(metadata));
+    overwrite(directory_ + "/__0_0.distcp", archive);
+  }
+  /// What the elements of `chunk` must be.
+  Bytes expected(const Box& chunk, bool conj = false) const {
+    Bytes result;
+    const auto size = static_cast<size_t>(element_size(dtype));
+    for (int64_t i = 0; i < chunk.sizes[0]; ++i) {
+      for (int64_t j = 0; j < chunk.sizes[1]; ++j) {
+        const auto at = static_cast<size_t>((chunk.offsets[1] + j) * kRows + chunk.offsets[0] + i) * size;
+        result.insert(result.end(), &payload[at], &payload[at] + size);
+        if (conj) result.back() ^= std::byte{0x80};  // the sign of the imaginary part
+      }
+    }
+    return result;
+  }
+  void change_element(size_t byte) const {
+    Bytes bad = archive;
+    const auto at = std::ranges::search(bad, payload).begin() + static_cast<ptrdiff_t>(byte);
+    *at ^= std::byte{1};
+    overwrite(directory_ + "/__0_0.distcp", bad);
+  }
+  DType dtype = DType::kFloat32;
+  Bytes payload;
+  Bytes archive;
+
+ private:
+  std::string directory_;
+};
+
+TEST_F(FileSystemReaderTest, ReadsWhatIsStoredTransposed) {
+  for (const bool conj : {false, true}) {
+    const TransposedCheckpoint checkpoint(directory_.path(), conj);
+    const std::vector<Box> chunks{{{0, 0}, {150, 100}}, {{150, 0}, {50, 60}}, {{150, 60}, {50, 40}}};
+    for (const std::vector<Box>& wanted : {std::vector{whole_box({200, 100})}, chunks, {chunks[1]}}) {
+      MemoryLoadState state({tensor_entry("t", {200, 100}, wanted, checkpoint.dtype)});
+      read_alone(directory_.path(), state);
+      for (size_t c = 0; c < wanted.size(); ++c) {
+        ASSERT_EQ(state.memory().buffer(0, c), checkpoint.expected(wanted[c], conj)) << to_string(wanted[c]);
+      }
+    }
+  }
+}
+
+TEST_F(FileSystemReaderTest, ChecksTheSumOfWhatIsStoredTransposed) {
+  const TransposedCheckpoint checkpoint(directory_.path());
+  for (const size_t byte : {size_t{0}, checkpoint.payload.size() - 1}) {
+    checkpoint.change_element(byte);
+    MemoryLoadState state({replica_entry("t", {200, 100})});
+    EXPECT_ERROR(ErrorCode::kCorruptData, "do not match their CRC-32; rank 0, key t",
+                 read_alone(directory_.path(), state));
+    read_alone(directory_.path(), state, {.verify_checksums = false});
+    EXPECT_NE(state.memory().buffer(0), checkpoint.expected(whole_box({200, 100})));
+  }
+}
+
+TEST_F(FileSystemReaderTest, AnEmptyDirectoryNameIsTheWorkingDirectory) {
+  struct Restore {
+    std::filesystem::path before = std::filesystem::current_path();
+    ~Restore() { std::filesystem::current_path(before); }
+  } restore;
+  std::filesystem::current_path(directory_.path());
+  EXPECT_ERROR(ErrorCode::kNotFound, "holds no checkpoint", FileSystemReader("").read_metadata());
+  save_checkpoint("", sharded<MemorySaveState>("t", {4, 4}, split({4, 4}, 0, 2)));
+  MemoryLoadState state({replica_entry("t", {4, 4})});
+  read_alone("", state);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_TRUE(verify_checkpoint("").problems.empty());
+  EXPECT_TRUE(std::filesystem::exists(path("__1_0.distcp")));
 }
 
 TEST_F(FileSystemReaderTest, NamesAStreamTransformThatItDoesNotKnow) {

@@ -13,6 +13,7 @@
 #include "reshard/format/sidecar.h"
 #include "reshard/storage/filesystem.h"
 #include "storage/checkpoint_runs.h"
+#include "storage/file_names.h"
 #include "support/expect_error.h"
 #include "support/fault_file_system.h"
 #include "support/temporary_directory.h"
@@ -123,6 +124,79 @@ TEST(FileSystemWriterTest, PlacesTheItemsOfThousandsOfRanks) {
 TEST(FileSystemWriterTest, RefusesOptionsThatMakeNoSense) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "thread_count", FileSystemWriter("d", {.thread_count = 0}));
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "storage_alignment", FileSystemWriter("d", {.storage_alignment = 96}));
+}
+
+/// Gives one tensor and one value, whatever is asked for.
+class StubbornPlanner final : public SavePlanner {
+ public:
+  Bytes memory = Bytes(64);
+  TensorView view{.data = memory.data(), .dtype = DType::kFloat32, .sizes = {8}, .strides = {1}, .owner = nullptr};
+  void set_up_planner(const SaveState&, bool) override {}
+  SavePlan create_local_plan() override { return {}; }
+  GlobalSavePlan create_global_plan(std::vector<SavePlan>) override { return {}; }
+  SavePlan finish_plan(SavePlan plan) override { return plan; }
+  TensorView resolve_tensor(const WriteItem&) const override { return view; }
+  ByteSpan resolve_bytes(const WriteItem&) const override { return ByteSpan(memory).first(10); }
+};
+
+TEST(FileSystemWriterTest, NamesWhatIsNotAsPlanned) {
+  const auto refuse = [](const char* text, const std::function<void(SavePlan&, StubbornPlanner&)>& change) {
+    const TemporaryDirectory directory;
+    FileSystemWriter writer(directory.path(), {.sync_files = false});
+    SavePlan plan;
+    plan.items = {value_item("v", 10), tensor_item("t", {8})};
+    writer.begin_save("id");
+    plan = writer.prepare_global_plan({plan})[0];
+    StubbornPlanner planner;
+    change(plan, planner);
+    const auto write = [&] { writer.write_data(plan, planner, {.save_id = "id", .progress = {}}); };
+    if (text == nullptr) return write();
+    EXPECT_ERROR(ErrorCode::kInternal, text, write());
+  };
+  refuse(nullptr, [](SavePlan&, StubbornPlanner&) {});
+  refuse("number of places is not as planned; wanted 2, found 1", [](auto& plan, auto&) { plan.storage.pop_back(); });
+  refuse("place of an item is not as planned", [](auto& plan, auto&) { plan.storage[1].offset = 1; });
+  refuse("length of a value is not as planned", [](auto& plan, auto&) { plan.storage[0].length = 11; });
+  refuse("length of an item is not as planned", [](auto& plan, auto&) { ++plan.storage[1].length; });
+  refuse("dtype of a tensor is not as planned", [](auto&, auto& planner) { planner.view.dtype = DType::kInt32; });
+  refuse("shape of a tensor is not as planned", [](auto&, auto& planner) { planner.view.sizes = {4}; });
+}
+
+TEST(FileSystemWriterTest, KnowsItsFilesByTheirNames) {
+  for (const DataFileName& name : {DataFileName{0, 0}, DataFileName{12, 345}, DataFileName{999'999'999'999'999, 7}}) {
+    const auto parsed = parse_data_file_name(to_string(name));
+    ASSERT_TRUE(parsed);
+    EXPECT_EQ(parsed->rank, name.rank);
+    EXPECT_EQ(parsed->number, name.number);
+  }
+  for (const char* other : {"",
+                            "__",
+                            "__.distcp",
+                            "__0.distcp",
+                            "__0_.distcp",
+                            "___0.distcp",
+                            "__0_0",
+                            "0_0.distcp",
+                            "_0_0.distcp",
+                            "__0_0.distcp.tmp",
+                            "__-1_0.distcp",
+                            "__0_-1.distcp",
+                            "__+1_0.distcp",
+                            "__ 1_0.distcp",
+                            "__1x_0.distcp",
+                            "__0_0x.distcp",
+                            "__0_0_0.distcp",
+                            "__1000000000000000_0.distcp",
+                            "__distcp",
+                            "my_model.distcp"}) {
+    EXPECT_FALSE(parse_data_file_name(other)) << other;
+    EXPECT_FALSE(is_checkpoint_file(other)) << other;
+  }
+  EXPECT_TRUE(is_checkpoint_file(".metadata.tmp"));
+  EXPECT_TRUE(is_checkpoint_file(".metadata.tmp-0123"));
+  EXPECT_TRUE(is_checkpoint_file(sidecar_name("id", 3)));
+  EXPECT_FALSE(is_checkpoint_file(".metadata"));
+  EXPECT_FALSE(is_checkpoint_file(".metadata.bak"));
 }
 
 TEST(FileSystemWriterTest, WritesTheFilesOfOneSaveAndNothingElse) {
