@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <optional>
 #include <thread>
 
 #include "fsdp/test_model.h"
@@ -115,6 +114,10 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, TrainsLikeTheUnshardedMod
   train_and_compare(process_group(), Optimizer::kSgd, {.wrap_policy = blocks, .layout = ShardLayout::kDim0Chunks},
                     /*from_meta=*/false);
   train_and_compare(process_group(), Optimizer::kAdamWLargeEps, {}, /*from_meta=*/false);
+  // The tied weight is used by two units side by side.
+  train_and_compare(process_group(), Optimizer::kAdamWLargeEps,
+                    {.wrap_policy = wrap_by_name({"embedding", "block0", "head"}), .poison_freed = true},
+                    /*from_meta=*/false);
 }
 
 RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, TrainsLikeTheUnshardedModelOnThreeRanks, .ranks = 3) {
@@ -269,6 +272,8 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, NamesWhatIsUsedWrongly, .
   expect_error(ErrorCode::kFailedPrecondition, {"parameters()", "key weight"}, [&] { wrong.step(); });
   expect_error(ErrorCode::kFailedPrecondition, {"own parameter handle", "clip_grad_norm"},
                [&] { torch::nn::utils::clip_grad_norm_(model.module()->parameters(), 1.0); });
+  expect_error(ErrorCode::kFailedPrecondition, {"own parameter handle", "clip_grad_norm"},
+               [&] { torch::nn::utils::clip_grad_value_(model.module()->parameters(), 1.0); });
   // A gradient that no optimizer used.
   expect_error(ErrorCode::kFailedPrecondition, {"no optimizer used the gradient", "weight"}, [&] { model(x); });
   model.clip_grad_norm(1e-3);
@@ -277,6 +282,11 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, NamesWhatIsUsedWrongly, .
     const at::NoGradGuard evaluation;
     model(x);
   }
+  // An optimizer that was given some of the parameters: all ranks hear of the rest, also rank 0, which owns nothing of
+  // the bias.
+  torch::optim::SGD partial({model.parameters()[0]}, 0.1);
+  partial.step();
+  expect_error(ErrorCode::kFailedPrecondition, {"no optimizer used the gradient", "key bias"}, [&] { model(x); });
   torch::optim::SGD right(model.parameters(), 0.1);
   right.step();
   model(x).sum().backward();
@@ -329,13 +339,15 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, AccumulatesAndClipsLikeTh
         reference_optimizer.zero_grad();
         const uint64_t reductions = model.memory_stats().reductions;
         for (int64_t micro = 0; micro < 3; ++micro) {
-          std::optional<NoSync> guard;
-          if (without_sync && micro < 2) guard.emplace(model.engine());
-          model(mine(micro)).square().mean().backward();
-          reference(data[micro]).square().mean().backward();
-          if (guard) {
+          const auto backward = [&] { model(mine(micro)).square().mean().backward(); };
+          if (without_sync && micro < 2) {
+            const NoSync guard = model.no_sync();
+            backward();
             EXPECT_FALSE(model.parameters()[0].grad().defined()) << "nothing is reduced without synchronisation";
+          } else {
+            backward();
           }
+          reference(data[micro]).square().mean().backward();
         }
         EXPECT_EQ(model.memory_stats().reductions - reductions, without_sync ? 6u : 18u);
         EXPECT_EQ(model.memory_stats().gradient_bytes, 0u);
@@ -394,6 +406,10 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, KeepsDtypesApartAndUnused
   at::manual_seed(10);
   Mixed reference;
   EXPECT_EQ(difference_to(model, *model.module(), *reference), 0.0) << "rank 0's values are everybody's";
+  at::manual_seed(10 + static_cast<uint64_t>(rank()));
+  const auto replayed =
+      FullyShardedDataParallel(on_meta([] { return Mixed(); }), {.process_group = group, .sync_module_states = true});
+  EXPECT_EQ(difference_to(replayed, *replayed.module(), *reference), 0.0) << "also those that each rank replays";
 
   torch::optim::AdamW optimizer(model.parameters(), torch::optim::AdamWOptions(0.1).weight_decay(0.5).eps(1e-3));
   torch::optim::AdamW reference_optimizer(reference->parameters(),

@@ -180,6 +180,33 @@ RESHARD_DISTRIBUTED_TEST(PassesTest, RefusesAWriteBetweenForwardAndBackward, .ra
   EXPECT_TRUE(at::equal(here, there));
 }
 
+RESHARD_DISTRIBUTED_TEST(PassesTest, ABackwardPassArmsItsOwnThreadOnly, .ranks = 2) {
+  const auto group = process_group();
+  auto model = FullyShardedDataParallel(seeded_stack(),
+                                        {.process_group = group, .wrap_policy = wrap_by_type<torch::nn::LinearImpl>()});
+  int calls = 0;
+  const at::Tensor loss = model(at::rand({2, 5}));
+  loss.register_hook([&](const at::Tensor&) {
+    ++calls;
+    const uint64_t collectives = group->traffic().collectives;
+    std::thread([&] {
+      expect_error(ErrorCode::kFailedPrecondition, {"outside of a forward pass", "key l0.weight", "aten::sum"},
+                   [&] { model.module()->layers[0]->weight.sum(); });
+    }).join();
+    EXPECT_EQ(group->traffic().collectives, collectives);
+    const at::NoGradGuard no_grad;
+    EXPECT_GT(model.module()->layers[0]->weight.abs().sum().item<float>(), 0.0f) << "gathered on this thread";
+    EXPECT_GT(group->traffic().collectives, collectives);
+    expect_error(ErrorCode::kFailedPrecondition, {"SummonFullParams", "not allowed inside"},
+                 [&] { const SummonFullParams full(model); });
+    expect_error(ErrorCode::kFailedPrecondition, {"full state dict", "not allowed inside"},
+                 [&] { model.state_dict(StateDictType::kFull); });
+  });
+  loss.backward();
+  EXPECT_EQ(calls, 1);
+  EXPECT_EQ(model.memory_stats().unsharded_bytes, 0u);
+}
+
 RESHARD_DISTRIBUTED_TEST(PassesTest, ADestroyedModelLeavesErrorsNotCrashes, .ranks = 2) {
   Stack stack = seeded_stack();
   at::Tensor loss;

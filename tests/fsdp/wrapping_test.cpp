@@ -162,6 +162,7 @@ RESHARD_DISTRIBUTED_TEST(WrappingTest, TakesParametersOfAnySize, .ranks = 3) {
     reference->zero_grad();
     auto model = FullyShardedDataParallel(
         custom(build), {.process_group = group, .wrap_policy = wrap_by_name({"unit"}), .layout = layout});
+    for (const at::Tensor& handle : model.module()->parameters()) EXPECT_FALSE(handle.grad().defined());
     EXPECT_EQ(difference_to(model, *model.module(), *reference), 0.0);
     torch::optim::SGD optimizer(model.parameters(), 0.5);
     torch::optim::SGD reference_optimizer(reference->parameters(), 0.5);
