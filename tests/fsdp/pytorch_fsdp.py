@@ -111,6 +111,9 @@ def train(rank, directory, ranks, port):
             sys.exit(f"missing: {missing}; moved by {moved}")
     dist.barrier()
     dist.destroy_process_group()
+    # PyTorch's threads may outlive what they belong to while the interpreter ends, and then abort a rank that did all it had to.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import peer
 from language_model import Block, LanguageModel, batch_of, read_text
-from peer import digest, free_port, start_rank
+from peer import digest, end_rank, free_port, start_rank
 
 
 def compare(what, wanted, found):
@@ -186,6 +186,7 @@ def fsdp_rank(rank, args, wanted, port):
         compare(f"FSDP on {args.ranks} ranks", mine, {f"model.{k}": digest(v) for k, v in full.items()})
     dist.barrier()
     dist.destroy_process_group()
+    end_rank()
 
 
 def continue_rank(rank, args, port):
@@ -217,6 +218,7 @@ def continue_rank(rank, args, port):
         print(f"PyTorch FSDP on {args.ranks} ranks trained steps {state['step'] + 1} to {args.steps}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
+    end_rank()
 
 
 def main():
