@@ -49,7 +49,7 @@ std::vector<Bucket> fill_buckets(const std::vector<WriteItem>& items, const File
   Bucket order;
   order.reserve(items.size());
   for (size_t i = 0; i < items.size(); ++i) {
-    if (items[i].type == WriteItemType::kByteIo) order.push_back(i);
+    if (items[i].type == WriteItemType::kByteIo && !items[i].tied_to) order.push_back(i);
   }
   const size_t values = order.size();
   for (size_t i = 0; i < items.size(); ++i) {
