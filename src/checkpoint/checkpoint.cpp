@@ -32,8 +32,9 @@ SaveResult save(const StateDict& state, StorageWriter&& writer, const SaveOption
 
 LoadReport load(StateDict& state, StorageReader& reader, const LoadOptions& options) {
   const auto transport = make_transport(options.process_group, options.silence_timeout);
-  DefaultLoadPlanner default_planner(
-      {.allow_partial_load = options.allow_partial_load, .allow_cast = options.allow_cast});
+  DefaultLoadPlanner default_planner({.allow_partial_load = options.allow_partial_load,
+                                      .allow_cast = options.allow_cast,
+                                      .allow_shape_mismatch = options.allow_shape_mismatch});
   StateDictLoadState target(state);
   return run_load(*transport, target, options.planner ? *options.planner : default_planner, reader, options.progress);
 }

@@ -238,11 +238,15 @@ void DefaultLoadPlanner::plan_tensor(size_t entry_index, const TensorStorageMeta
   const StateEntry& entry = state().entries(rule_)[entry_index];
   const auto& tensor = std::get<TensorEntry>(entry.value);
   const std::string& fqn = entry.fqn;
-  if (!(stored.size == tensor.size)) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "Size mismatch between saved " + to_string(stored.size) + " and current: " + to_string(tensor.size) +
-                    " for " + fqn,
-                {.key = fqn});
+  if (stored.size != tensor.size) {
+    const std::string from = to_string(stored.size);
+    const std::string to = to_string(tensor.size);
+    if (!options_.allow_shape_mismatch) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "Size mismatch between saved " + from + " and current: " + to + " for " + fqn, {.key = fqn});
+    }
+    report_.shape.push_back(fqn + ": " + from + " -> " + to);
+    return;
   }
   if (stored.properties.dtype != tensor.properties.dtype) {
     const std::string from(to_string(stored.properties.dtype));

@@ -120,6 +120,15 @@ TEST_F(BadInputTest, AnotherShape) {
   }
 }
 
+TEST_F(BadInputTest, AnotherShapeIsLeftAloneWhereTheCallerAllowsIt) {
+  const at::Tensor larger = at::full({4, 3}, 7);
+  StateDict target{{"a", larger}, {"v", 0}};
+  const LoadReport report = load(target, FileSystemReader(directory_.path()), {.allow_shape_mismatch = true});
+  EXPECT_EQ(report.shape, std::vector<std::string>{"a: [4, 2] -> [4, 3]"});
+  EXPECT_TRUE(larger.equal(at::full({4, 3}, 7)));
+  EXPECT_EQ(target.at("v").as<int64_t>(), saved_.at("v").as<int64_t>());
+}
+
 TEST_F(BadInputTest, AnotherDtypeNamesBoth) {
   expect_load_error(ErrorCode::kInvalidArgument, {"dtype mismatch between saved float32 and current: bfloat16 for a"},
                     StateDict{{"a", at::zeros({4, 2}, at::kBFloat16)}}, directory_.path());

@@ -121,6 +121,18 @@ TEST(DefaultLoadPlannerTest, SizeMismatchNamesBothSizes) {
                plan_of({replica_entry("module.weight", {3, 2})}, metadata));
 }
 
+TEST(DefaultLoadPlannerTest, ShapesThatDifferAreReportedWhereTheCallerAllowsThem) {
+  const Metadata metadata = catalogue_of({{replica_entry("head", {2, 2}), replica_entry("body", {4})}});
+  const std::vector<StateEntry> wanted{replica_entry("head", {3, 2}), replica_entry("body", {4})};
+  LoadReport report;
+  const LoadPlan plan = plan_of(wanted, metadata, {.allow_shape_mismatch = true}, &report);
+  ASSERT_EQ(plan.items.size(), 1u);
+  EXPECT_EQ(plan.items[0].dest_index.fqn, "body");
+  EXPECT_THAT(report.shape, ElementsAre("head: [2, 2] -> [3, 2]"));
+  EXPECT_THAT(report.missing, IsEmpty());
+  EXPECT_THAT(report.unexpected, IsEmpty());
+}
+
 TEST(DefaultLoadPlannerTest, DtypeMismatchIsAnErrorUnlessCastsAreAllowed) {
   const Metadata metadata = catalogue_of({{replica_entry("w", {2})}});
   const std::vector<StateEntry> wanted{replica_entry("w", {2}, DType::kBFloat16)};

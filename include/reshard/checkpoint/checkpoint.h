@@ -39,10 +39,11 @@ struct SaveOptions {
 
 struct LoadOptions {
   std::shared_ptr<ProcessGroup> process_group = nullptr;  // as above
-  /// Null: DefaultLoadPlanner with the two flags below, which a planner of the caller's own decides itself.
+  /// Null: DefaultLoadPlanner with the three flags below, which a planner of the caller's own decides itself.
   LoadPlanner* planner = nullptr;
   bool allow_partial_load = false;
   bool allow_cast = false;
+  bool allow_shape_mismatch = false;
   std::optional<std::chrono::milliseconds> silence_timeout = {};
   ProgressFn progress = {};
 };

@@ -54,6 +54,8 @@ struct DefaultLoadPlannerOptions {
   /// A stored dtype that differs from the wanted one is converted (and reported) instead of being an error. PyTorch
   /// casts silently.
   bool allow_cast = false;
+  /// A tensor whose stored shape differs from the wanted one is left as it is (and reported) instead of being an error.
+  bool allow_shape_mismatch = false;
 };
 
 /// Reads what the destination wants and no more. A checkpoint of torch before 2.4, whose flat names differ, is

@@ -108,6 +108,7 @@ struct LoadReport {
   std::vector<std::string> missing;     // wanted, not in the checkpoint (only with allow_partial_load)
   std::vector<std::string> unexpected;  // in the checkpoint, not wanted
   std::vector<std::string> cast;        // "fqn: float32 -> bfloat16" (only with allow_cast)
+  std::vector<std::string> shape;       // "fqn: [4, 8] -> [6, 8]", not loaded (only with allow_shape_mismatch)
 };
 
 class LoadPlanner {
