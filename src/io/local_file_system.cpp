@@ -112,6 +112,14 @@ class LocalWriter final : public WritableFile {
     if (result.bytes != wanted) throw os_error(result.error != 0 ? result.error : EIO, "write", path_);
   }
 
+  void write_back(uint64_t offset, uint64_t length) override {
+    constexpr unsigned kWait = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+    const int result = resumed(
+        [&] { return ::sync_file_range(fd_.get(), static_cast<off_t>(offset), static_cast<off_t>(length), kWait); });
+    if (result == 0 || errno == EINVAL || errno == ESPIPE || errno == ENOSYS || errno == ENOTSUP) return;
+    throw os_error(errno, "write back", path_);
+  }
+
   void sync() override {
     if (resumed([&] { return ::fsync(fd_.get()); }) != 0) throw os_error(errno, "sync", path_);
   }

@@ -34,6 +34,7 @@ namespace {
 
 constexpr uint64_t kWriteBytes = 4 << 20;  // small items are gathered into writes of at least this many bytes
 constexpr uint64_t kCrcBytes = 1 << 20;    // summed and written while still in the cache
+constexpr uint64_t kSyncBytes = 64 << 20;  // sent to the device between two signs of progress
 
 uint64_t tensor_bytes(const WriteItem& item) {
   return static_cast<uint64_t>(volume(item.chunk.sizes)) * static_cast<uint64_t>(element_size(item.properties.dtype));
@@ -394,7 +395,14 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
     out.flush();
     sidecar.files[number] = out.finish_sums(job.name);
     test_point("save.before_data_sync");
-    if (options_.sync_files) file->sync();
+    if (options_.sync_files) {
+      // One call could be silent for longer than the other ranks wait.
+      for (uint64_t at = 0; at + kSyncBytes < out.position(); at += kSyncBytes) {
+        file->write_back(at, kSyncBytes);
+        on_written(0);
+      }
+      file->sync();
+    }
     file->close();
   };
 

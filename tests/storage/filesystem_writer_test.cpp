@@ -16,6 +16,7 @@
 #include "storage/file_names.h"
 #include "support/expect_error.h"
 #include "support/fault_file_system.h"
+#include "support/memory_file_system.h"
 #include "support/temporary_directory.h"
 
 namespace reshard {
@@ -417,6 +418,32 @@ TEST(FileSystemWriterTest, MakesEverythingDurableBeforeTheCommit) {
   EXPECT_THAT((std::vector(steps.begin() + 2, steps.end())),
               ElementsAre("sync sidecar", "sync_directory directory", "sync temporary", "rename temporary",
                           "sync_directory directory"));
+}
+
+// The other ranks wait for a sign of life, and the sync of a large file is one long call.
+TEST(FileSystemWriterTest, ShowsProgressWhileALargeFileGoesToTheDevice) {
+  MemoryFileSystem memory({}, {"/"});
+  FaultFileSystem files(memory);
+  const MemorySaveState state({replica_entry("t", {35 << 20})});  // 140 MiB
+  const auto transport = solo_transport();
+  DefaultSavePlanner planner;
+  FileSystemWriter writer("/checkpoint", {}, files);
+  std::vector<size_t> signs;  // calls made by the time of each
+  run_save(*transport, state, planner, writer, [&](const Progress&) { signs.push_back(files.calls()); });
+  const std::vector<FileCallRecord> calls = files.trace();
+  std::vector<std::string> written_back;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    if (calls[i].call != FileCall::kWriteBack) continue;
+    written_back.push_back(to_string(calls[i]));
+    EXPECT_THAT(signs, testing::Contains(i + 1)) << "no progress after " << to_string(calls[i]);
+  }
+  EXPECT_THAT(written_back, ElementsAre("write_back /checkpoint/__0_0.distcp [0, 67108864)",
+                                        "write_back /checkpoint/__0_0.distcp [67108864, 134217728)"));
+
+  FaultFileSystem faulty(memory);
+  faulty.inject({.call = FileCall::kWriteBack, .error = EIO});
+  FileSystemWriter second("/second", {}, faulty);
+  EXPECT_ERROR(ErrorCode::kIo, "write_back (injected)", run_save(*transport, state, planner, second));
 }
 
 TEST(FileSystemWriterTest, LeavesOutEverySyncWhenAskedTo) {

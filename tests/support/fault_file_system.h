@@ -33,6 +33,7 @@ enum class FileCall : uint8_t {
   kOpen,  // open and open_beneath
   kRead,
   kWrite,
+  kWriteBack,
   kSync,
   kClose,
   kRename,
@@ -44,12 +45,12 @@ enum class FileCall : uint8_t {
   kRemoveDirectory,
   kLock,
 };
-inline constexpr size_t kFileCallKinds = 14;
+inline constexpr size_t kFileCallKinds = 15;
 
 inline std::string_view to_string(FileCall call) {
   constexpr std::array<std::string_view, kFileCallKinds> kNames = {
-      "create", "open",   "read",           "write", "sync",   "close", "rename",
-      "remove", "mkdirs", "sync_directory", "list",  "status", "rmdir", "lock"};
+      "create", "open",   "read",           "write", "write_back", "sync",  "close", "rename",
+      "remove", "mkdirs", "sync_directory", "list",  "status",     "rmdir", "lock"};
   return kNames.at(static_cast<size_t>(call));
 }
 
@@ -58,15 +59,15 @@ struct FileCallRecord {
   FileCall call = FileCall::kOpen;
   std::string path{};   // of the file or directory; for a rename the old name
   std::string to{};     // the new name of a rename
-  uint64_t offset = 0;  // of reads and writes
-  uint64_t bytes = 0;   // of reads and writes
+  uint64_t offset = 0;  // of reads, writes and writes back
+  uint64_t bytes = 0;   // of the same
 };
 
 /// "write a/b [0, 12)".
 inline std::string to_string(const FileCallRecord& record) {
   std::string text = std::string(to_string(record.call)) + " " + record.path;
   if (!record.to.empty()) text += " -> " + record.to;
-  if (record.call == FileCall::kRead || record.call == FileCall::kWrite) {
+  if (record.call == FileCall::kRead || record.call == FileCall::kWrite || record.call == FileCall::kWriteBack) {
     text += " [" + std::to_string(record.offset) + ", " + std::to_string(record.offset + record.bytes) + ")";
   }
   return text;
@@ -233,6 +234,10 @@ class FaultFileSystem final : public FileSystem {
         left -= n;
       }
       State::fail(*fault, record);
+    }
+    void write_back(uint64_t offset, uint64_t length) override {
+      state_->run({.call = FileCall::kWriteBack, .path = path_, .offset = offset, .bytes = length},
+                  [&] { real_->write_back(offset, length); });
     }
     void sync() override {
       state_->run({.call = FileCall::kSync, .path = path_}, [&] { real_->sync(); });

@@ -104,6 +104,7 @@ class MemoryFileSystem final : public FileSystem {
         offset += part.size();
       }
     }
+    void write_back(uint64_t, uint64_t) override {}
     void sync() override {}
     void close() override {}
 

@@ -50,6 +50,9 @@ class WritableFile {
   /// Writes the parts, one after the other, at `offset`: all of them, or an Error after which any of these bytes may
   /// have been written. Bytes never written below the end of the file read as zero. No limit on sizes or counts.
   virtual void write_gather(uint64_t offset, std::span<const ByteSpan> parts) = 0;
+  /// Waits until the system has sent what was written to these bytes to the device, so that sync() has less left to wait
+  /// for. Makes nothing durable. Does nothing where the file system cannot.
+  virtual void write_back(uint64_t offset, uint64_t length) = 0;
   /// Makes contents and size durable. After an error the file must be taken as lost: a second sync() may succeed
   /// wrongly.
   virtual void sync() = 0;
