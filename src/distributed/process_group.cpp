@@ -9,7 +9,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <future>
 #include <sstream>
+#include <stdexcept>
+#include <thread>
 
 #include "distributed/cuda_module.h"
 #include "distributed/gloo_backend.h"
@@ -106,6 +109,21 @@ struct Rendezvous {
   int joins = 0;
 };
 
+/// A client asks the server for a sign of life while it is made, and waits for that without a limit: so on a thread that can
+/// be left behind.
+c10::intrusive_ptr<c10d::Store> make_store(const std::string& host, const c10d::TCPStoreOptions& options) {
+  std::packaged_task<c10::intrusive_ptr<c10d::Store>()> task(
+      [host, options] { return c10::make_intrusive<c10d::TCPStore>(host, options); });
+  auto made = task.get_future();
+  std::thread thread(std::move(task));
+  if (made.wait_for(options.timeout + kStoreGrace) != std::future_status::ready) {
+    thread.detach();
+    throw std::runtime_error("timed out: it does not answer; the process that hosts it is stopped or stuck");
+  }
+  thread.join();
+  return made.get();
+}
+
 c10::intrusive_ptr<c10d::Store> connect_store(const RankEnvironment& env, std::chrono::milliseconds timeout) {
   static Rendezvous& rendezvous = *new Rendezvous();  // never destroyed, as world()
   const std::string address = env.master_addr + ":" + std::to_string(env.master_port);
@@ -119,7 +137,7 @@ c10::intrusive_ptr<c10d::Store> connect_store(const RankEnvironment& env, std::c
   if (options.isServer && env.master_listen_fd) options.masterListenFd = env.master_listen_fd;
   try {
     if (!rendezvous.store || rendezvous.address != address) {
-      rendezvous = {address, c10::make_intrusive<c10d::TCPStore>(env.master_addr, options), 0};
+      rendezvous = {address, make_store(env.master_addr, options), 0};
       if (options.masterListenFd) unsetenv(kMasterListenFdVariable);  // it is the store's now
     }
     rendezvous.store->setTimeout(timeout);

@@ -126,7 +126,7 @@ TEST(ProcessGroupEnvironmentTest, AWrongOrPartialEnvironmentIsNamed) {
   for (const char* name : {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}) unsetenv(name);
 }
 
-// A port in use, and a rendezvous that nobody serves.
+// A port in use, a rendezvous that does not answer, and one that nobody serves.
 TEST(ProcessGroupEnvironmentTest, ARendezvousThatCannotBeIsAnErrorWithinItsDeadline) {
   const int listener = socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in address{};
@@ -144,10 +144,16 @@ TEST(ProcessGroupEnvironmentTest, ARendezvousThatCannotBeIsAnErrorWithinItsDeadl
   const std::string where = "(MASTER_ADDR 127.0.0.1, MASTER_PORT " + std::to_string(ntohs(address.sin_port)) + ")";
   EXPECT_ERROR(ErrorCode::kUnavailable, "cannot serve the store of the rendezvous " + where,
                init_process_group(short_wait));
-  close(listener);
 
+  // The connection is taken and stays silent, as by a host that was stopped.
   setenv("RANK", "1", 1);
   const auto start = std::chrono::steady_clock::now();
+  EXPECT_ERROR(ErrorCode::kTimeout,
+               "cannot reach the store of the rendezvous " + where + ": timed out: it does not answer",
+               init_process_group(short_wait));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  close(listener);
+
   EXPECT_ERROR(ErrorCode::kTimeout, "cannot reach the store of the rendezvous " + where,
                init_process_group(short_wait));
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
