@@ -25,6 +25,7 @@
 #include "reshard/format/sha256.h"
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
 #include "reshard/fsdp/optimizer_state.h"
+#include "reshard/storage/verify.h"
 #include "reshard/testing/torch_distributed_test.h"
 #include "support/run_python.h"
 #include "support/temporary_directory.h"
@@ -351,6 +352,40 @@ RESHARD_DISTRIBUTED_TEST_F(Interop, InteropTest, OneToFourRanksReadWhatPyTorchWr
   save(state, FileSystemWriter(again));
   if (rank() == 0) expect_python_succeeds("judge.py objects '" + again + "'");
   world->barrier();
+}
+
+// It knows nothing of sidecars: ours stay, and must not be taken for those of what it wrote.
+TEST(SavedOverTest, WhatPyTorchSavesOverACheckpointOfOursIsReadAsItsOwn) {
+  if (!has_python()) GTEST_SKIP() << "no Python with PyTorch at " << RESHARD_PYTHON;
+  const TemporaryDirectory root;
+  const std::string directory = root / "1";
+  const StateDict ours{{"dense", StateDict{{"float32", at::zeros({3, 4})}}}, {"only_ours", at::ones({9})}};
+  save(ours, FileSystemWriter(directory));
+  expect_python_succeeds("write.py '" + root.path() + "' --ranks 1");
+
+  const json expected = json::parse(std::ifstream(root / "1.json"));
+  const Metadata metadata = FileSystemReader(directory).read_metadata();
+  EXPECT_FALSE(metadata.sidecars);
+  EXPECT_FALSE(metadata.state_dict_metadata.contains("only_ours"));
+  StateDict wholes;
+  for (const auto& [fqn, digest] : expected.at("tensors").items()) {
+    const auto& tensor = std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find(fqn));
+    wholes[fqn] =
+        at::empty(at::IntArrayRef(tensor.size.data(), tensor.size.size()), to_scalar_type(tensor.properties.dtype));
+  }
+  load(wholes, FileSystemReader(directory));
+  for (const auto& [fqn, digest] : expected.at("tensors").items())
+    EXPECT_EQ(sha256(wholes.at(fqn).as<at::Tensor>()), digest.get<std::string>()) << fqn;
+  VerifyReport report = verify_checkpoint(directory);
+  EXPECT_THAT(report.problems, testing::IsEmpty());
+  EXPECT_THAT(report.notes, testing::Contains(testing::HasSubstr(": sidecar of a save that PyTorch saved over")));
+
+  // And back: nothing of the other's save is left.
+  save(ours, FileSystemWriter(directory));
+  report = verify_checkpoint(directory);
+  EXPECT_THAT(report.problems, testing::IsEmpty());
+  EXPECT_THAT(report.notes, testing::IsEmpty());
+  EXPECT_EQ(report.files, 1u);
 }
 
 TEST(JudgeTest, NamesTheTensorThatDiffers) {
