@@ -128,7 +128,6 @@ class GatheringWriter {
   }
   /// Adds bytes that the writer owns from here on.
   void add(Bytes bytes) {
-    if (bytes.empty()) return;
     sums_.add(bytes);
     owned_.push_back(std::move(bytes));
     put(owned_.back());

@@ -338,6 +338,13 @@ TEST(PickleRefusalTest, WrongAccessNamesBothKinds) {
   EXPECT_ERROR(kCorrupt, "wanted int, found bool", Tree::boolean(true).as_int());
   EXPECT_ERROR(kCorrupt, "wanted bool, found int", Tree::integer(1).as_bool());
   EXPECT_ERROR(kCorrupt, "wanted dict, found list", tree.list({}).entries());
+  EXPECT_ERROR(kCorrupt, "wanted float, found int", Tree::integer(1).as_float());
+  EXPECT_ERROR(kCorrupt, "wanted str, found int", Tree::integer(1).as_str());
+  EXPECT_ERROR(kCorrupt, "wanted bytes, found str", tree.str("a").as_bytes());
+  EXPECT_ERROR(kCorrupt, "wanted list, tuple or set, found dict", tree.dict({}).items());
+  EXPECT_ERROR(kCorrupt, "wanted global, found int", Tree::integer(1).as_global());
+  EXPECT_ERROR(kCorrupt, "wanted object, found int", Tree::integer(1).as_object());
+  EXPECT_ERROR(kCorrupt, "wanted persistent id, found int", Tree::integer(1).persistent_id());
 }
 
 // --- hostile shapes --------------------------------------------------------------------------------------------------
@@ -432,6 +439,19 @@ TEST(Utf8Test, KnowsTheEdges) {
   for (const char* bad : {"\x80", "\xc1\xbf", "\xc2", "\xe0\x9f\xbf", "\xe0\xa0", "\xf0\x8f\xbf\xbf",
                           "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xff", "abcdefgh\xc3(", "abcdefg\xe4\xb8"}) {
     EXPECT_FALSE(is_utf8(bad)) << bad;
+  }
+}
+
+TEST(Utf8Test, Latin1IsReadBackAndNothingElse) {
+  for (const char* good : {"", "a", "\xc2\x80", "a\xc3\xbfz"}) {
+    const auto data = utf8_to_latin1(good);
+    ASSERT_TRUE(data) << good;
+    EXPECT_EQ(latin1_to_utf8(as_bytes(*data)), good);
+  }
+  EXPECT_EQ(utf8_to_latin1("\xc3\xa9"), "\xe9");
+  for (const char* bad : {"\xc4\x80", "\xe4\xb8\x96", "a\xc1\x80"}) EXPECT_FALSE(utf8_to_latin1(bad)) << bad;
+  for (const std::string_view cut : {"ab\xc3\xa9", "\xc2\x80"}) {
+    EXPECT_FALSE(utf8_to_latin1(cut.substr(0, cut.size() - 1))) << cut;
   }
 }
 

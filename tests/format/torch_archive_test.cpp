@@ -149,6 +149,25 @@ TEST(TensorArchiveTest, ReadsHeadersPast4GiB) {
   }
 }
 
+// As CPython's pickler: one byte, two, four, then as many as the number needs.
+TEST(TensorArchiveTest, SizesAreWrittenInTheShortestForm) {
+  using namespace std::string_literals;
+  const std::vector<std::pair<int64_t, std::string>> forms{{255, "K\xFF"s},
+                                                           {256, "M\0\x01"s},
+                                                           {65535, "M\xFF\xFF"s},
+                                                           {65536, "J\0\0\x01\0"s},
+                                                           {0x7FFFFFFF, "J\xFF\xFF\xFF\x7F"s},
+                                                           {0x80000000, "\x8A\x05\0\0\0\x80\0"s},
+                                                           {0x7FFFFFFFFF, "\x8A\x05\xFF\xFF\xFF\xFF\x7F"s},
+                                                           {0x8000000000, "\x8A\x06\0\0\0\0\x80\0"s}};
+  for (const auto& [size, form] : forms) {
+    const TensorArchive archive(DType::kFloat32, {0, size});
+    const Bytes file = whole_archive(archive, {});
+    EXPECT_NE(as_text(file).find("K\0"s + form), std::string_view::npos) << size;
+    EXPECT_EQ(read_tensor_item(MemorySource(file)).sizes, (Dims{0, size}));
+  }
+}
+
 TEST(TensorArchiveTest, FewAndSmallReads) {
   const auto read = [](const TensorArchive& archive) {
     const Bytes bytes = whole_archive(archive, pattern(archive.payload_size()));
@@ -458,6 +477,22 @@ TEST(ArchiveTest, VerifyFindsEveryChangedByte) {
     }
   }
   EXPECT_LT(unseen, good.size() / 2);
+}
+
+TEST(ArchiveTest, VerifyReadsALongRecordPieceByPiece) {
+  constexpr int64_t kBytes = (5 << 19) + 3;  // two and a half MiB
+  const TensorArchive archive(DType::kUInt8, {kBytes});
+  Bytes file = whole_archive(archive, pattern(kBytes));
+  const ArchiveSummary summary = verify_archive(MemorySource(file));
+  EXPECT_EQ(summary.records, 7u);
+  EXPECT_GT(summary.bytes, static_cast<uint64_t>(kBytes));
+  EXPECT_LT(summary.bytes, file.size());
+  for (const int64_t at : {int64_t{0}, int64_t{1} << 20, int64_t{2} << 20, kBytes - 1}) {
+    std::byte& changed = file[archive.payload_offset() + static_cast<uint64_t>(at)];
+    changed ^= std::byte{4};
+    EXPECT_ERROR(kCorrupt, "data/0 has another CRC-32", verify_archive(MemorySource(file)));
+    changed ^= std::byte{4};
+  }
 }
 
 TEST(ArchiveTest, AChecksumLeftOutIsReportedAndNotAnError) {

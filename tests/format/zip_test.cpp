@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
+
 #include "format/zip_builder.h"
 #include "support/expect_error.h"
 
@@ -99,6 +101,12 @@ INSTANTIATE_TEST_SUITE_P(Archives, ZipRefusalTest,
                                         set<uint32_t>(16, 0x7FFFFFFF)},
                                  BadZip{"DirectoryTooLong", kCorrupt, "directory is out of place", nullptr,
                                         set<uint32_t>(12, 0x7FFFFFFF)},
+                                 BadZip{"DirectoryLongerByOne", kCorrupt, "directory is out of place", nullptr,
+                                        [](Bytes& end) {
+                                          uint32_t size = 0;
+                                          std::memcpy(&size, end.data() + 12, sizeof size);
+                                          poke<uint32_t>(end, 12, size + 1);
+                                        }},
                                  BadZip{"TooManyEntries", kCorrupt, "more records than", nullptr,
                                         [](Bytes& end) { poke<uint16_t>(end, 8, 999), poke<uint16_t>(end, 10, 999); }},
                                  BadZip{"OneEntryTooMany", kCorrupt, "directory ends too early",

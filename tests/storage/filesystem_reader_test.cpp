@@ -685,6 +685,23 @@ TEST_F(FileSystemReaderTest, ReportsProgressUpToTheTotal) {
   EXPECT_EQ(seen.back().total, 12'000'000u);
 }
 
+TEST_F(FileSystemReaderTest, CountsValuesInItsProgress) {
+  const std::string small = value_archive("a"), large = value_archive(std::string(100'000, 'b'));
+  save(states<MemorySaveState>({{bytes_entry("small", small.size()), bytes_entry("large", large.size())}}));
+  FileSystemReader reader(directory_.path(), {.verify_checksums = false});
+  const Metadata metadata = reader.read_metadata();
+  MemoryLoadState state({bytes_entry("small", small.size()), bytes_entry("large", large.size())});
+  DefaultLoadPlanner planner;
+  reader.set_up_storage_reader(metadata);
+  planner.set_up_planner(state, metadata, true);
+  std::vector<uint64_t> done;
+  reader.read_data(planner.create_local_plan(), planner, {.save_id = {}, .progress = [&](const Progress& progress) {
+                                                            done.push_back(progress.done);
+                                                            EXPECT_EQ(progress.total, small.size() + large.size());
+                                                          }});
+  EXPECT_EQ(done, (std::vector<uint64_t>{small.size(), small.size() + large.size()}));
+}
+
 TEST_F(FileSystemReaderTest, NamesTheFileWhicheverCallFails) {
   save(sharded<MemorySaveState>("t", {300, 300}, split({300, 300}, 0, 2)));
   const auto fresh = [] { return MemoryLoadState({replica_entry("t", {300, 300})}); };

@@ -145,7 +145,8 @@ TEST(FileSystemWriterTest, NamesWhatIsNotAsPlanned) {
     const TemporaryDirectory directory;
     FileSystemWriter writer(directory.path(), {.sync_files = false});
     SavePlan plan;
-    plan.items = {value_item("v", 10), tensor_item("t", {8})};
+    plan.items = {value_item("v", 10), tensor_item("t", {8}), tensor_item("tied", {8})};
+    plan.items[2].tied_to = 1;
     writer.begin_save("id");
     plan = writer.prepare_global_plan({plan})[0];
     StubbornPlanner planner;
@@ -155,10 +156,13 @@ TEST(FileSystemWriterTest, NamesWhatIsNotAsPlanned) {
     EXPECT_ERROR(ErrorCode::kInternal, text, write());
   };
   refuse(nullptr, [](SavePlan&, StubbornPlanner&) {});
-  refuse("number of places is not as planned; wanted 2, found 1", [](auto& plan, auto&) { plan.storage.pop_back(); });
-  refuse("place of an item is not as planned", [](auto& plan, auto&) { plan.storage[1].offset = 1; });
+  refuse("number of places is not as planned; wanted 3, found 2", [](auto& plan, auto&) { plan.storage.pop_back(); });
+  refuse("place of an item is not as planned",
+         [](auto& plan, auto&) { plan.storage[1].offset = plan.storage[2].offset = 1; });
+  refuse("place of a tied item is not as planned", [](auto& plan, auto&) { plan.storage[2].offset += 64; });
   refuse("length of a value is not as planned", [](auto& plan, auto&) { plan.storage[0].length = 11; });
-  refuse("length of an item is not as planned", [](auto& plan, auto&) { ++plan.storage[1].length; });
+  refuse("length of an item is not as planned",
+         [](auto& plan, auto&) { ++plan.storage[1].length, ++plan.storage[2].length; });
   refuse("dtype of a tensor is not as planned", [](auto&, auto& planner) { planner.view.dtype = DType::kInt32; });
   refuse("shape of a tensor is not as planned", [](auto&, auto& planner) { planner.view.sizes = {4}; });
 }
@@ -311,9 +315,13 @@ TEST(FileSystemWriterTest, ReportsProgressUpToTheTotal) {
   const MemorySaveState state({replica_entry("t", {9 << 18}), replica_entry("u", {5})});
   const auto transport = solo_transport();
   DefaultSavePlanner planner;
-  FileSystemWriter writer(directory.path(), {.sync_files = false});
+  FaultFileSystem files;
+  FileSystemWriter writer(directory.path(), {.sync_files = false}, files);
   std::vector<Progress> seen;
-  run_save(*transport, state, planner, writer, [&](const Progress& progress) { seen.push_back(progress); });
+  run_save(*transport, state, planner, writer, [&](const Progress& progress) {
+    seen.push_back(progress);
+    EXPECT_EQ(progress.done, std::min(files.bytes(FileCall::kWrite), progress.total));
+  });
   ASSERT_GE(seen.size(), 3u);  // 9 MiB in writes of 4
   for (size_t i = 1; i < seen.size(); ++i) EXPECT_GT(seen[i].done, seen[i - 1].done);
   EXPECT_EQ(seen.back().done, seen.back().total);
