@@ -25,7 +25,12 @@
 #endif
 #endif
 #ifdef RESHARD_FUZZ_ADDRESS_SANITIZER
-#include <sanitizer/allocator_interface.h>
+// As sanitizer/allocator_interface.h has them; GCC comes without that header.
+extern "C" {
+int __sanitizer_install_malloc_and_free_hooks(void (*malloc_hook)(const volatile void*, size_t),
+                                              void (*free_hook)(const volatile void*));
+size_t __sanitizer_get_allocated_size(const volatile void* p);
+}
 #endif
 
 // Allocations are counted; one that passes the limit ends the program at once, so that its stack is the finding. Targets
