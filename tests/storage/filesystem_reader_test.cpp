@@ -619,6 +619,26 @@ TEST_F(FileSystemReaderTest, ReadsSmallItemsTogether) {
   EXPECT_EQ(counters.bytes_staged, counters.bytes_needed);
 }
 
+TEST_F(FileSystemReaderTest, PassesOverWhatNobodyWantsBetweenSmallItems) {
+  const std::vector<StateEntry> ends{replica_entry("a", {100}), replica_entry("z", {100})};
+  save(states<MemorySaveState>({{ends[0], replica_entry("middle", {100'000}), ends[1]}}));
+  MemoryLoadState state(ends);
+  const ReadCounters counters = read_alone(directory_.path(), state, {.verify_checksums = false});
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.reads, 2u);
+  EXPECT_LE(counters.bytes_read, 2u * 2048);
+}
+
+TEST_F(FileSystemReaderTest, OrderOfTheWantsDoesNotMatter) {
+  save_rows({512, 256}, 1);
+  std::vector<Box> chunks;
+  for (int64_t i = 16; i-- > 0;) chunks.push_back({{i * 32, 0}, {32, 256}});
+  MemoryLoadState state({tensor_entry("t", {512, 256}, chunks)});
+  const ReadCounters counters = read_alone(directory_.path(), state);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.reads, 3u);
+}
+
 TEST_F(FileSystemReaderTest, ReadsTheHeaderOfAnItemOnceHoweverManyWantIt) {
   save_rows({512, 256}, 1);
   std::vector<Box> chunks;

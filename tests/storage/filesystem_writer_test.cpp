@@ -356,6 +356,32 @@ TEST(FileSystemWriterTest, RemovesWhatItReplacesAndOrphansAndNothingElse) {
                                                       "__9_3.distcp", "model.safetensors", "notes.txt"));
 }
 
+// Also on the ranks that do not coordinate, which never begin a save.
+TEST(FileSystemWriterTest, UsedAgainItRemovesOnlyWhatTheFailedSaveWrote) {
+  TemporaryDirectory directory;
+  const std::vector<StateEntry> entries{tensor_entry("t", {8}, {{{0}, {4}}}), tensor_entry("t", {8}, {{{4}, {4}}})};
+  const auto saved = states<MemorySaveState>({{entries[0]}, {entries[1]}});
+  FaultFileSystem files;
+  std::vector<std::unique_ptr<FileSystemWriter>> writers;
+  for (int rank = 0; rank < 2; ++rank) {
+    writers.push_back(std::make_unique<FileSystemWriter>(directory.path(), FileSystemWriterOptions{}, files));
+  }
+  const auto save = [&] {
+    on_ranks(2, [&](size_t rank, Transport& transport) {
+      DefaultSavePlanner planner;
+      run_save(transport, saved[rank], planner, *writers[rank]);
+    });
+  };
+  save();
+  const std::vector<std::string> good = names_in(directory.path());
+  files.inject({.call = FileCall::kRename, .error = EIO});
+  EXPECT_ERROR(ErrorCode::kIo, "rename (injected)", save());
+  EXPECT_EQ(names_in(directory.path()), good);
+  auto loaded = states<MemoryLoadState>({{replica_entry("t", {8})}});
+  load_checkpoint(directory.path(), loaded);
+  EXPECT_EQ(first_difference(loaded), "");
+}
+
 TEST(FileSystemWriterTest, KeepsTheFilesOfACheckpointThatItCannotRead) {
   TemporaryDirectory directory;
   put(directory / ".metadata", "not a pickle");
