@@ -6,9 +6,9 @@ function(reshard_target_defaults target)
   set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF POSITION_INDEPENDENT_CODE ON)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual
                                            $<$<BOOL:${RESHARD_WARNINGS_AS_ERRORS}>:-Werror>)
-  # At -O3 GCC 12 sees overlaps, overflows and uninitialised memory inside std::string and std::vector that are not there (its bug 105651 and kin).
+  # At -O3 and under sanitizers GCC 12 sees overlaps, overflows and uninitialised memory inside std::string and std::vector that are not there (its bug 105651 and kin).
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-    target_compile_options(${target} PRIVATE "$<$<NOT:$<CONFIG:Debug>>:-Wno-restrict;-Wno-stringop-overflow;-Wno-maybe-uninitialized>")
+    target_compile_options(${target} PRIVATE "$<$<OR:$<NOT:$<CONFIG:Debug>>,$<BOOL:${RESHARD_SANITIZE}>>:-Wno-restrict;-Wno-stringop-overflow;-Wno-maybe-uninitialized>")
   endif()
   if(RESHARD_SANITIZE)
     target_compile_options(${target} PRIVATE -fsanitize=${RESHARD_SANITIZE} -fno-omit-frame-pointer
