@@ -148,18 +148,20 @@ TEST_F(FileSystemReaderTest, RefusesPathsThatLeaveTheDirectory) {
 void forget_sidecars(Metadata& metadata) { metadata.sidecars.reset(); }
 
 TEST_F(FileSystemReaderTest, ChecksTheSumOfEveryPayloadReadWhole) {
-  // Each of the reader's ways: packed, direct into rows, direct in one piece, and staged.
+  // Each of the reader's ways: packed, direct into rows, direct in one piece, and in so many runs that they are read
+  // before all are known.
   const std::vector<std::pair<Dims, std::vector<Box>>> cases{
       {{8, 8}, {whole_box({8, 8})}},
       {{300, 300}, {whole_box({300, 300})}},
       {{300, 300}, {{{0, 0}, {300, 100}}, {{0, 100}, {300, 200}}}},
-      {{30000, 4}, {{{0, 2}, {30000, 2}}, {{0, 0}, {30000, 2}}}},
+      {{40000, 4}, {{{0, 2}, {40000, 2}}, {{0, 0}, {40000, 2}}}},
   };
   for (const auto& [size, chunks] : cases) {
     save_rows(size, 1);
     MemoryLoadState state({tensor_entry("t", size, chunks)});
     read_alone(directory_.path(), state);
     EXPECT_EQ(state.first_difference(), "");
+    read_alone(directory_.path(), state, {}, local_file_system(), forget_sidecars);
     const StorageInfo place = place_of({"t", Dims{0, 0}, {}});
     const uint64_t payload = place.offset + TensorArchive(DType::kFloat32, size).payload_offset();
     for (const uint64_t at : {uint64_t{0}, static_cast<uint64_t>(volume(size) * 4 - 1)}) {
@@ -627,6 +629,15 @@ TEST_F(FileSystemReaderTest, PassesOverWhatNobodyWantsBetweenSmallItems) {
   EXPECT_EQ(state.first_difference(), "");
   EXPECT_EQ(counters.reads, 2u);
   EXPECT_LE(counters.bytes_read, 2u * 2048);
+}
+
+TEST_F(FileSystemReaderTest, PartsWithoutGapsGoStraightToTheirPlace) {
+  save_rows({300, 300}, 1);
+  MemoryLoadState state({tensor_entry("t", {300, 300}, {{{7, 9}, {1, 3}}})});
+  const ReadCounters counters = read_alone(directory_.path(), state, {.verify_checksums = false});
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.bytes_payload, 12u);
+  EXPECT_EQ(counters.bytes_staged, 0u);
 }
 
 TEST_F(FileSystemReaderTest, OrderOfTheWantsDoesNotMatter) {
