@@ -22,7 +22,8 @@ namespace {
 
 using testing::HasSubstr;
 
-/// One load of one rank without the protocol, so that errors come as they are.
+/// One load of one rank without the protocol, so that errors come as they are. Every wanted part is handed over once, and
+/// progress ends at the total.
 ReadCounters read_alone(const std::string& directory, MemoryLoadState& state,
                         const FileSystemReaderOptions& options = {}, FileSystem& files = local_file_system(),
                         const std::function<void(Metadata&)>& change = {}) {
@@ -32,7 +33,12 @@ ReadCounters read_alone(const std::string& directory, MemoryLoadState& state,
   DefaultLoadPlanner planner;
   reader.set_up_storage_reader(metadata);
   planner.set_up_planner(state, metadata, true);
-  reader.read_data(planner.create_local_plan(), planner, {});
+  const LoadPlan plan = planner.create_local_plan();
+  const size_t commits = state.commits();
+  Progress last;
+  reader.read_data(plan, planner, {.save_id = {}, .progress = [&](const Progress& progress) { last = progress; }});
+  EXPECT_EQ(last.done, last.total);
+  EXPECT_EQ(state.commits() - commits, static_cast<size_t>(std::ranges::count(plan.items, false, &ReadItem::is_bytes)));
   return reader.counters();
 }
 

@@ -156,6 +156,8 @@ class MemoryLoadState final : public LoadState {
     return memory_[has_old_ && rule == FlattenRule::kBefore24 ? 1 : 0];
   }
   std::string first_difference() { return memory().first_difference(); }
+  /// Calls of commit_tensor so far.
+  size_t commits() const { return commits_; }
   std::string value(size_t entry, FlattenRule rule = FlattenRule::kCurrent) {
     return std::string(as_text(memory(rule).buffer(entry)));
   }
@@ -179,6 +181,7 @@ class MemoryLoadState final : public LoadState {
   }
   void commit_tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region,
                      const MutableTensorView& view) override {
+    ++commits_;
     const TensorEntry& tensor = memory(rule).tensor(entry);
     if (view.dtype == tensor.properties.dtype) return;
     if (view.dtype != DType::kFloat32 || tensor.properties.dtype != DType::kFloat64) {
@@ -209,6 +212,7 @@ class MemoryLoadState final : public LoadState {
 
   std::array<MemoryEntries, 2> memory_;
   bool has_old_ = false;
+  size_t commits_ = 0;
 };
 
 }  // namespace reshard
