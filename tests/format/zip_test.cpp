@@ -232,6 +232,34 @@ TEST(ZipReaderTest, DescriptorsOfEveryFormAreChecked) {
   }
 }
 
+TEST(ZipReaderTest, AnArchiveMayBeEmpty) {
+  ByteWriter out;
+  zip::put_tail(out, {}, 0);
+  const Bytes file = out.take();
+  const MemorySource source(file);
+  EXPECT_TRUE(zip::Reader(source).entries().empty());
+}
+
+// The counts of the end record proper have 16 bits.
+TEST(ZipReaderTest, MoreThan65535RecordsAreCounted) {
+  constexpr size_t kRecords = 65536;
+  std::vector<std::string> names;
+  for (size_t i = 0; i < kRecords; ++i) names.push_back("a/" + std::to_string(i));
+  std::vector<zip::Record> records;
+  uint64_t end = 0;
+  for (const std::string& name : names) {
+    const uint64_t payload = zip::payload_position(end, name.size(), 0, 1);
+    records.push_back({name, end, payload, 0, 0});
+    end = zip::end_position(end, payload, 0);
+  }
+  ByteWriter out;
+  for (const zip::Record& record : records) zip::put_local_header(out, record);
+  zip::put_tail(out, records, end);
+  const Bytes file = out.take();
+  const MemorySource source(file);
+  EXPECT_EQ(zip::Reader(source).entries().size(), kRecords);
+}
+
 TEST(ZipReaderTest, WhatIsNoArchiveIsSaid) {
   EXPECT_ERROR(kCorrupt, "too short", contents({}));
   EXPECT_ERROR(kCorrupt, "no end record", contents(Bytes(100)));

@@ -646,6 +646,16 @@ TEST_F(FileSystemReaderTest, PartsWithoutGapsGoStraightToTheirPlace) {
   EXPECT_EQ(counters.bytes_staged, 0u);
 }
 
+TEST_F(FileSystemReaderTest, CountsWhatItCopiesOfASmallItem) {
+  save_rows({8, 8}, 1);
+  MemoryLoadState state({tensor_entry("t", {8, 8}, {{{0, 0}, {3, 8}}, {{3, 0}, {5, 8}}})});
+  const ReadCounters counters = read_alone(directory_.path(), state, {.verify_checksums = false});
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.bytes_needed, 256u);
+  EXPECT_EQ(counters.bytes_staged, 256u);
+  EXPECT_EQ(counters.bytes_payload, 256u);
+}
+
 TEST_F(FileSystemReaderTest, OrderOfTheWantsDoesNotMatter) {
   save_rows({512, 256}, 1);
   std::vector<Box> chunks;
