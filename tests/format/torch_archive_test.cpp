@@ -390,6 +390,16 @@ TEST(TensorItemTest, BadStoragesAreRefused) {
   for (const char* key : {"", "../0", "a/b", "a\\b", "a\nb", "a b"}) {
     refuse(kCorrupt, "no plain name", [&](auto& b) { b.key = b.tree.str(key), b.record = std::string("data/") + key; });
   }
+  for (const size_t length : {size_t{255}, size_t{256}}) {
+    TensorBuilder b;
+    const std::string key(length, 'k');
+    b.key = b.tree.str(key), b.record = "data/" + key;
+    if (length == 255) {
+      EXPECT_EQ(b.read().sizes, (Dims{2, 3}));
+    } else {
+      EXPECT_ERROR(kCorrupt, "no plain name", b.read());
+    }
+  }
   refuse(kUnsupported, "unknown storage class torch.NotAStorage",
          [](auto& b) { b.storage_type = b.tree.global("torch", "NotAStorage"); });
   refuse(kCorrupt, "wanted global", [](auto& b) { b.storage_type = b.tree.str("FloatStorage"); });

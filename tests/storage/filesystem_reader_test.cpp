@@ -114,10 +114,13 @@ TEST_F(FileSystemReaderTest, RefusesAForeignCatalogue) {
 TEST_F(FileSystemReaderTest, NamesTheDataFileThatIsMissingOrShortOrNoFile) {
   save_rows({4, 4}, 2);
   MemoryLoadState state({replica_entry("t", {4, 4})});
+  const uint64_t size = std::filesystem::file_size(path("__1_0.distcp"));
   std::filesystem::resize_file(path("__1_0.distcp"), 1000);
   EXPECT_ERROR(ErrorCode::kCorruptData, "not the one of its sidecar; rank 0, key t, file __1_0.distcp, offset 1000",
                read_alone(directory_.path(), state));
-  EXPECT_ERROR(ErrorCode::kCorruptData, "ends before the item; rank 0, key t, file __1_0.distcp, offset 0",
+  EXPECT_ERROR(ErrorCode::kCorruptData,
+               "ends before the item; rank 0, key t, file __1_0.distcp, offset 0; wanted " + std::to_string(size) +
+                   " bytes, found 1000 bytes",
                read_alone(directory_.path(), state, {.verify_checksums = false}));
   std::filesystem::remove(path("__1_0.distcp"));
   EXPECT_ERROR(ErrorCode::kNotFound, "__1_0.distcp", read_alone(directory_.path(), state));
@@ -644,6 +647,16 @@ TEST_F(FileSystemReaderTest, PartsWithoutGapsGoStraightToTheirPlace) {
   EXPECT_EQ(state.first_difference(), "");
   EXPECT_EQ(counters.bytes_payload, 12u);
   EXPECT_EQ(counters.bytes_staged, 0u);
+}
+
+TEST_F(FileSystemReaderTest, WideRunsGoStraightToTheirPlacesToo) {
+  for (const Dims& size : {Dims{300, 300}, Dims{300, 1, 300}}) {
+    save(sharded<MemorySaveState>("t", size, split(size, size.size() - 1, 2)));
+    MemoryLoadState state({replica_entry("t", size)});
+    const ReadCounters counters = read_alone(directory_.path(), state);
+    EXPECT_EQ(state.first_difference(), "");
+    EXPECT_EQ(counters.bytes_staged, 0u);
+  }
 }
 
 TEST_F(FileSystemReaderTest, CountsWhatItCopiesOfASmallItem) {
