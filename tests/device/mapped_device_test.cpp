@@ -10,6 +10,8 @@
 #include <torch/csrc/api/include/torch/optim/adamw.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
+#include <csignal>
+
 #include "fsdp/test_model.h"
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/fsdp/optimizer_state.h"
@@ -53,6 +55,7 @@ TEST_F(MappedDeviceDeathTest, TheHostCannotReadItsMemory) {
   ::testing::FLAGS_gtest_death_test_style = "threadsafe";
   EXPECT_EXIT(
       {
+        std::signal(SIGSEGV, SIG_DFL);  // a sanitizer has a handler
         const at::Tensor t = at::ones({4}).to(kDevice);
         const volatile float* data = t.const_data_ptr<float>();
         std::exit(data[0] == 1.0f ? 1 : 2);
