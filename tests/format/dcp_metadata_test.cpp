@@ -119,6 +119,23 @@ TEST(EncodeMetadataTest, ManyChunksCostFewBytesEach) {
   EXPECT_EQ(decode_metadata(bytes), m);
 }
 
+TEST(EncodeMetadataTest, NumbersAreWrittenInTheShortestForm) {
+  using namespace std::string_literals;
+  for (const auto& [number, form] : std::vector<std::pair<int64_t, std::string>>{{0, "K\0"s},
+                                                                                 {255, "K\xFF"s},
+                                                                                 {256, "M\0\x01"s},
+                                                                                 {65535, "M\xFF\xFF"s},
+                                                                                 {65536, "J\0\0\x01\0"s},
+                                                                                 {0x7FFFFFFF, "J\xFF\xFF\xFF\x7F"s},
+                                                                                 {0x80000000, "\x8A\x08\0\0\0\x80"s}}) {
+    Metadata m;
+    m.state_dict_metadata.insert("t", TensorStorageMetadata{{}, {7, number, 0}, {{{0, 0, 0}, {7, number, 0}}}});
+    const Bytes bytes = encode_metadata(m);
+    EXPECT_NE(as_text(bytes).find("K\x07"s + form), std::string_view::npos) << number;
+    EXPECT_EQ(decode_metadata(bytes), m);
+  }
+}
+
 TEST(EncodeMetadataTest, TextThatCouldNotBeReadBackIsRefused) {
   for (const char* bad : {"\xff", "a\xc3(", "\xed\xa0"}) {
     Metadata m = example();

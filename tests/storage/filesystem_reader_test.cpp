@@ -630,6 +630,21 @@ TEST_F(FileSystemReaderTest, ReadsSmallItemsTogether) {
   EXPECT_EQ(counters.bytes_staged, counters.bytes_needed);
 }
 
+TEST_F(FileSystemReaderTest, ReadsFourMebibytesOfSmallItemsAtATime) {
+  std::vector<StateEntry> entries;
+  for (int i = 0; i < 100; ++i) entries.push_back(replica_entry("t" + std::to_string(i), {15'000}));
+  save(states<MemorySaveState>({entries}));
+  FaultFileSystem files;
+  MemoryLoadState state(entries);
+  const ReadCounters counters = read_alone(directory_.path(), state, {.verify_checksums = false}, files);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.reads, 2u);
+  for (const FileCallRecord& call : files.trace()) {
+    if (call.call != FileCall::kRead) continue;
+    EXPECT_LE(call.bytes, 4u << 20);
+  }
+}
+
 TEST_F(FileSystemReaderTest, PassesOverWhatNobodyWantsBetweenSmallItems) {
   const std::vector<StateEntry> ends{replica_entry("a", {100}), replica_entry("z", {100})};
   save(states<MemorySaveState>({{ends[0], replica_entry("middle", {100'000}), ends[1]}}));
