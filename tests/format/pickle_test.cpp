@@ -338,6 +338,7 @@ TEST(PickleRefusalTest, WrongAccessNamesBothKinds) {
   EXPECT_ERROR(kCorrupt, "wanted int, found bool", Tree::boolean(true).as_int());
   EXPECT_ERROR(kCorrupt, "wanted bool, found int", Tree::integer(1).as_bool());
   EXPECT_ERROR(kCorrupt, "wanted dict, found list", tree.list({}).entries());
+  EXPECT_FALSE(Tree::integer(1).is_global("torch", "Size"));
   EXPECT_ERROR(kCorrupt, "wanted float, found int", Tree::integer(1).as_float());
   EXPECT_ERROR(kCorrupt, "wanted str, found int", Tree::integer(1).as_str());
   EXPECT_ERROR(kCorrupt, "wanted bytes, found str", tree.str("a").as_bytes());
@@ -428,6 +429,10 @@ TEST(PickleBytesTest, OtherValuesAreNot) {
   EXPECT_FALSE(plain_bytes(parse(stream("c_codecs\nencode\nX\x01\0\0\0aX\x05\0\0\0rot13\x86R.")).root()));
   EXPECT_FALSE(plain_bytes(parse(stream("c_codecs\nencode\nX\x03\0\0\0\xe4\xb8\x96X\x06\0\0\0latin1\x86R.")).root()));
   EXPECT_FALSE(plain_bytes(parse(stream("c__builtin__\nbytearray\nc__builtin__\nbytearray\n)R\x85R.")).root()));
+  // With a state, or with items: something else that such a call made.
+  EXPECT_TRUE(plain_bytes(parse(stream("c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0latin1\x86R.")).root()));
+  EXPECT_FALSE(plain_bytes(parse(stream("c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0latin1\x86R}b.")).root()));
+  EXPECT_FALSE(plain_bytes(parse(stream("c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0latin1\x86R(K\te.")).root()));
 }
 
 TEST(Utf8Test, KnowsTheEdges) {
