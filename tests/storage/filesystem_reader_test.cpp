@@ -762,7 +762,10 @@ TEST_F(FileSystemReaderTest, ReportsProgressUpToTheTotal) {
 
 TEST_F(FileSystemReaderTest, CountsValuesInItsProgress) {
   const std::string small = value_archive("a"), large = value_archive(std::string(100'000, 'b'));
-  save(states<MemorySaveState>({{bytes_entry("small", small.size()), bytes_entry("large", large.size())}}));
+  std::vector<MemorySaveState> ranks(1);
+  ranks[0].add_value("small", small);
+  ranks[0].add_value("large", large);
+  save(ranks);
   FileSystemReader reader(directory_.path(), {.verify_checksums = false});
   const Metadata metadata = reader.read_metadata();
   MemoryLoadState state({bytes_entry("small", small.size()), bytes_entry("large", large.size())});
@@ -775,6 +778,8 @@ TEST_F(FileSystemReaderTest, CountsValuesInItsProgress) {
                                                             EXPECT_EQ(progress.total, small.size() + large.size());
                                                           }});
   EXPECT_EQ(done, (std::vector<uint64_t>{small.size(), small.size() + large.size()}));
+  EXPECT_EQ(state.value(0), small);
+  EXPECT_TRUE(state.value(1) == large);
 }
 
 TEST_F(FileSystemReaderTest, NamesTheFileWhicheverCallFails) {
