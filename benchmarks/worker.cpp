@@ -60,9 +60,7 @@ struct Layout {
 
 [[noreturn]] void fail_os(const std::string& what) { throw std::system_error(errno, std::generic_category(), what); }
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// The number behind `name` in a file of /proc, 0 if there is none.
 uint64_t proc_value(const char* file, const std::string& name) {
@@ -106,7 +104,8 @@ class Meter {
 
 class Worker {
  public:
-  Worker(std::shared_ptr<reshard::ProcessGroup> group, const Layout& layout) : group_(std::move(group)), layout_(layout) {
+  Worker(std::shared_ptr<reshard::ProcessGroup> group, const Layout& layout)
+      : group_(std::move(group)), layout_(layout) {
     reshard::StateDict model;
     const std::vector<int64_t> whole{layout.rows, layout.cols};
     const auto dim = static_cast<size_t>(layout.dim);
@@ -183,7 +182,8 @@ class Worker {
     const auto* data = static_cast<const char*>(tensor.const_data_ptr());
     const auto size = static_cast<int64_t>(tensor.nbytes());
     for (int64_t at = 0; at < size;) {
-      const ssize_t n = ::pwrite(fd, data + at, static_cast<size_t>(std::min<int64_t>(size - at, 4 << 20)), offset + at);
+      const ssize_t n =
+          ::pwrite(fd, data + at, static_cast<size_t>(std::min<int64_t>(size - at, 4 << 20)), offset + at);
       if (n <= 0) fail_os("pwrite");
       at += n;
     }
@@ -258,20 +258,20 @@ class Worker {
         if (::fdatasync(fd) != 0) fail_os("fdatasync");
       });
     } else if (name == "write direct") {
-      over_files(directory, 1, O_WRONLY | O_CREAT | O_EXCL | O_DIRECT,
-                 [](int fd, const at::Tensor& tensor, int64_t offset) {
-                   constexpr size_t kPiece = 8 << 20;
-                   thread_local auto* buffer = static_cast<char*>(std::aligned_alloc(4096, kPiece));
-                   for (size_t at = 0; at < tensor.nbytes(); at += kPiece) {
-                     const size_t n = std::min(kPiece, tensor.nbytes() - at);
-                     std::memcpy(buffer, static_cast<const char*>(tensor.const_data_ptr()) + at, n);
-                     const size_t whole = (n + 4095) / 4096 * 4096;
-                     if (::pwrite(fd, buffer, whole, offset + static_cast<int64_t>(at)) != static_cast<ssize_t>(whole)) {
-                       fail_os("pwrite (direct)");
-                     }
-                   }
-                   if (::fdatasync(fd) != 0) fail_os("fdatasync");
-                 });
+      over_files(
+          directory, 1, O_WRONLY | O_CREAT | O_EXCL | O_DIRECT, [](int fd, const at::Tensor& tensor, int64_t offset) {
+            constexpr size_t kPiece = 8 << 20;
+            thread_local auto* buffer = static_cast<char*>(std::aligned_alloc(4096, kPiece));
+            for (size_t at = 0; at < tensor.nbytes(); at += kPiece) {
+              const size_t n = std::min(kPiece, tensor.nbytes() - at);
+              std::memcpy(buffer, static_cast<const char*>(tensor.const_data_ptr()) + at, n);
+              const size_t whole = (n + 4095) / 4096 * 4096;
+              if (::pwrite(fd, buffer, whole, offset + static_cast<int64_t>(at)) != static_cast<ssize_t>(whole)) {
+                fail_os("pwrite (direct)");
+              }
+            }
+            if (::fdatasync(fd) != 0) fail_os("fdatasync");
+          });
     } else {
       throw std::invalid_argument("unknown probe " + name);
     }

@@ -28,54 +28,63 @@ const StateDictLoadState::Flat& StateDictLoadState::flat(FlattenRule rule) const
   return *made;
 }
 
-/// The part of chunk `chunk` that holds `region`, as a view.
-at::Tensor StateDictLoadState::part(FlattenRule rule, size_t entry, size_t chunk, const Box& region) const {
-  const Flat& flat = this->flat(rule);
-  const StateValue& value = *flat.items[entry].value;
-  const Box& box = std::get<TensorEntry>(flat.entries[entry].value).chunks.at(chunk);
-  at::Tensor tensor =
-      value.is<at::Tensor>() ? value.as<at::Tensor>() : value.as<ShardedTensor>().shards().at(chunk).tensor;
-  const at::NoGradGuard no_grad;
-  tensor = tensor.detach();  // shares memory and version counter
-  if (tensor.is_conj() || tensor.is_neg()) {
-    throw Error(ErrorCode::kUnsupported, "cannot load into a lazily conjugated or negated tensor",
-                {.key = flat.items[entry].fqn});
-  }
-  for (size_t d = 0; d < region.sizes.size(); ++d) {
-    if (region.sizes[d] > 1 && tensor.stride(static_cast<int64_t>(d)) == 0) {
-      throw Error(ErrorCode::kInvalidArgument, "cannot load into an expanded tensor, whose elements share memory",
-                  {.key = flat.items[entry].fqn});
-    }
-    tensor = tensor.narrow(static_cast<int64_t>(d), region.offsets[d] - box.offsets[d], region.sizes[d]);
-  }
-  return tensor;
+const at::Tensor& StateDictLoadState::chunk_tensor(FlattenRule rule, size_t entry, size_t chunk) const {
+  const StateValue& value = *flat(rule).items[entry].value;
+  return value.is<at::Tensor>() ? value.as<at::Tensor>() : value.as<ShardedTensor>().shards().at(chunk).tensor;
 }
 
 MutableTensorView StateDictLoadState::tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region,
                                              DType dtype) {
-  at::Tensor tensor = part(rule, entry, chunk, region);
-  if (!tensor.is_cpu() || to_dtype(tensor.scalar_type()) != dtype) {
-    tensor = at::empty(tensor.sizes(), at::TensorOptions(to_scalar_type(dtype)));
+  const at::Tensor& tensor = chunk_tensor(rule, entry, chunk);
+  const StateEntry& named = flat(rule).entries[entry];
+  if (tensor.is_conj() || tensor.is_neg()) {
+    throw Error(ErrorCode::kUnsupported, "cannot load into a lazily conjugated or negated tensor", {.key = named.fqn});
   }
-  auto owner = std::make_shared<at::Tensor>(tensor);
-  return {.data = static_cast<std::byte*>(tensor.mutable_data_ptr()),
-          .dtype = dtype,
-          .sizes = to_dims(tensor.sizes()),
-          .strides = to_dims(tensor.strides()),
-          .owner = std::move(owner)};
+  for (size_t d = 0; d < region.sizes.size(); ++d) {
+    if (region.sizes[d] > 1 && tensor.stride(static_cast<int64_t>(d)) == 0) {
+      throw Error(ErrorCode::kInvalidArgument, "cannot load into an expanded tensor, whose elements share memory",
+                  {.key = named.fqn});
+    }
+  }
+  if (!tensor.is_cpu() || to_dtype(tensor.scalar_type()) != dtype) {
+    const auto staged = std::make_shared<at::Tensor>(at::empty(
+        at::IntArrayRef(region.sizes.begin(), region.sizes.size()), at::TensorOptions(to_scalar_type(dtype))));
+    return {.data = static_cast<std::byte*>(staged->mutable_data_ptr()),
+            .dtype = dtype,
+            .sizes = region.sizes,
+            .strides = to_dims(staged->strides()),
+            .owner = staged};
+  }
+  // In place, without an owner: the state dict is borrowed for the whole load.
+  MutableTensorView view{.data = static_cast<std::byte*>(tensor.mutable_data_ptr()),
+                         .dtype = dtype,
+                         .sizes = region.sizes,
+                         .strides = to_dims(tensor.strides()),
+                         .owner = nullptr};
+  if (volume(region.sizes) != 0) {
+    const Box& box = std::get<TensorEntry>(named.value).chunks.at(chunk);
+    int64_t first = 0;  // element of the region's first in the tensor
+    for (size_t d = 0; d < region.sizes.size(); ++d) first += (region.offsets[d] - box.offsets[d]) * view.strides[d];
+    view.data += first * element_size(dtype);
+  }
+  return view;
 }
 
 void StateDictLoadState::commit_tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region,
                                        const MutableTensorView& view) {
-  at::Tensor tensor = part(rule, entry, chunk, region);
-  const auto& read = *static_cast<const at::Tensor*>(view.owner.get());
-  const at::NoGradGuard no_grad;
-  if (read.const_data_ptr() != tensor.const_data_ptr()) {
-    tensor.copy_(read);
-  } else {
+  const at::Tensor& tensor = chunk_tensor(rule, entry, chunk);
+  if (!view.owner) {
     // Bytes were written behind autograd's back: those who watch the version (a graph, an FSDP unit) must see it.
     tensor.unsafeGetTensorImpl()->bump_version();
+    return;
   }
+  const at::NoGradGuard no_grad;
+  const Box& box = std::get<TensorEntry>(flat(rule).entries[entry].value).chunks.at(chunk);
+  at::Tensor part = tensor.detach();  // shares memory and version counter
+  for (size_t d = 0; d < region.sizes.size(); ++d) {
+    part = part.narrow(static_cast<int64_t>(d), region.offsets[d] - box.offsets[d], region.sizes[d]);
+  }
+  part.copy_(*static_cast<const at::Tensor*>(view.owner.get()));
 }
 
 void StateDictLoadState::load_bytes(FlattenRule rule, size_t entry, ByteSpan archive) {

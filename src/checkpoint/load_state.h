@@ -27,7 +27,7 @@ class StateDictLoadState final : public LoadState {
     std::vector<StateEntry> entries;
   };
   const Flat& flat(FlattenRule rule) const;
-  at::Tensor part(FlattenRule rule, size_t entry, size_t chunk, const Box& region) const;
+  const at::Tensor& chunk_tensor(FlattenRule rule, size_t entry, size_t chunk) const;
 
   StateDict& state_;
   mutable std::array<std::optional<Flat>, 2> flat_;

@@ -92,10 +92,11 @@ TensorView StateDictSaveState::tensor(size_t entry, size_t chunk) const {
   const StateValue& value = *items_[entry].value;
   at::Tensor tensor =
       value.is<at::Tensor>() ? value.as<at::Tensor>() : value.as<ShardedTensor>().shards().at(chunk).tensor;
-  tensor = tensor.detach();
-  if (tensor.is_conj() || tensor.is_neg()) tensor = tensor.resolve_conj().resolve_neg();
-  if (!tensor.is_cpu()) tensor = tensor.cpu();
-  auto owner = std::make_shared<at::Tensor>(tensor);
+  std::shared_ptr<const void> owner;  // none: the state dict, which is borrowed for the whole save
+  if (tensor.is_conj() || tensor.is_neg() || !tensor.is_cpu()) {
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu();
+    owner = std::make_shared<at::Tensor>(tensor);
+  }
   return {.data = static_cast<const std::byte*>(tensor.const_data_ptr()),
           .dtype = to_dtype(tensor.scalar_type()),
           .sizes = to_dims(tensor.sizes()),

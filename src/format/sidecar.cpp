@@ -165,7 +165,8 @@ BlockMap::Block BlockMap::at(uint64_t offset) const {
 }
 
 void ReceiptsDigest::add(const MetadataIndex& index, const StorageInfo& storage) {
-  ByteWriter out;
+  ByteWriter& out = entry_;
+  out.buffer().clear();
   out.string(index.fqn);
   out.varint(index.offset ? index.offset->size() + 1 : 0);
   if (index.offset) {

@@ -300,36 +300,82 @@ Bytes TensorArchive::head() const {
 }
 
 Bytes TensorArchive::tail(uint32_t crc) const {
+  const ByteSpan tail = TensorArchiveFrame(*this).tail(crc);
+  return {tail.begin(), tail.end()};
+}
+
+TensorArchiveFrame::TensorArchiveFrame(const TensorArchive& archive) : archive_(archive), head_(archive.head()) {
+  using A = TensorArchive;
+  std::vector<zip::Record> records;
+  for (int i = 0; i < A::kRecordCount; ++i) {
+    const A::Record& r = archive_.records_[i];
+    records.push_back({kTensorRecords[static_cast<size_t>(i)], r.header, r.payload, r.size, 0});
+    if (i != A::kData && i != A::kSerializationId) records.back().crc32 = crc32(archive_.small_content(i));
+    if (i < A::kData) hash_before_ = hash_combine(hash_before_, records.back().crc32);
+  }
+  version_crc_ = records[A::kVersion].crc32;
+
+  ByteWriter out;
+  out.buffer().reserve(static_cast<size_t>(archive_.length() - archive_.payload_offset() - archive_.payload_size()));
+  // A data descriptor begins with its signature, an entry of the directory has 16 bytes before the CRC-32.
+  data_crcs_[0] = out.size() + 4;
+  zip::put_descriptor(out, records[A::kData]);
+  zip::put_local_header(out, records[A::kVersion]);
+  out.text(kVersionText);
+  zip::put_descriptor(out, records[A::kVersion]);
+  zip::put_local_header(out, records[A::kSerializationId]);
+  id_ = out.size();
+  out.buffer().resize(id_ + kSerializationIdSize);
+  id_crcs_[0] = out.size() + 4;
+  zip::put_descriptor(out, records[A::kSerializationId]);
+  uint64_t entry = out.size();
+  zip::put_tail(out, records, archive_.directory_);
+  for (int i = 0; i < A::kRecordCount; ++i) {
+    if (i == A::kData) data_crcs_[1] = static_cast<size_t>(entry) + 16;
+    if (i == A::kSerializationId) id_crcs_[1] = static_cast<size_t>(entry) + 16;
+    entry += zip::directory_entry_size(records[static_cast<size_t>(i)]);
+  }
+  tail_ = out.take();
+}
+
+ByteSpan TensorArchiveFrame::tail(uint32_t crc) {
   static const uint64_t names_hash = [] {
     std::vector<std::string> names;
-    for (int i = kPickle; i < kSerializationId; ++i)
+    for (int i = TensorArchive::kPickle; i < TensorArchive::kSerializationId; ++i)
       names.emplace_back(kTensorRecords[static_cast<size_t>(i)].substr(kFolder.size()));
     return hash_names(names);
   }();
-  std::vector<zip::Record> records;
-  uint64_t contents_hash = 0;
-  for (int i = 0; i < kRecordCount; ++i) {
-    zip::Record record{kTensorRecords[static_cast<size_t>(i)], records_[i].header, records_[i].payload,
-                       records_[i].size, 0};
-    if (i != kSerializationId) {
-      record.crc32 = i == kData ? crc : crc32(small_content(i));
-      if (record.size != 0) contents_hash = hash_combine(contents_hash, record.crc32);
-    }
-    records.push_back(record);
-  }
+  const bool empty = archive_.payload_size() == 0;  // has no descriptor, and is not in the hash
+  uint64_t contents_hash = hash_before_;
+  if (!empty) contents_hash = hash_combine(contents_hash, crc);
+  contents_hash = hash_combine(contents_hash, version_crc_);
   const std::string id = serialization_id(names_hash, contents_hash);
-  records[kSerializationId].crc32 = crc32(as_bytes(id));
+  const uint32_t id_crc = crc32(as_bytes(id));
+  std::memcpy(tail_.data() + id_, id.data(), id.size());
+  const auto put = [&](size_t at, uint32_t value) { std::memcpy(tail_.data() + at, &value, sizeof(value)); };
+  if (!empty) put(data_crcs_[0], crc);
+  put(data_crcs_[1], crc);
+  for (const size_t at : id_crcs_) put(at, id_crc);
+  return tail_;
+}
 
-  ByteWriter out;
-  out.buffer().reserve(length_ - payload_offset() - payload_size());
-  zip::put_descriptor(out, records[kData]);
-  for (const int i : {kVersion, kSerializationId}) {
-    zip::put_local_header(out, records[static_cast<size_t>(i)]);
-    out.text(i == kVersion ? kVersionText : std::string_view(id));
-    zip::put_descriptor(out, records[static_cast<size_t>(i)]);
-  }
-  zip::put_tail(out, records, directory_);
-  return out.take();
+std::optional<TensorItem> TensorArchiveFrame::match(ByteSpan item) {
+  const auto payload = static_cast<size_t>(archive_.payload_offset());
+  const auto size = static_cast<size_t>(archive_.payload_size());
+  if (item.size() != archive_.length() || std::memcmp(item.data(), head_.data(), payload) != 0) return std::nullopt;
+  const ByteSpan after = item.subspan(payload + size);
+  uint32_t crc = 0;
+  if (size != 0) std::memcpy(&crc, after.data() + data_crcs_[0], sizeof(crc));
+  if (std::memcmp(after.data(), tail(crc).data(), after.size()) != 0) return std::nullopt;
+  TensorItem found;
+  found.dtype = archive_.dtype_;
+  found.sizes = archive_.sizes_;
+  found.strides = contiguous_strides(archive_.sizes_);
+  found.payload_offset = payload;
+  found.payload_size = size;
+  found.requires_grad = archive_.options_.requires_grad;
+  if (crc != 0 || size == 0) found.crc32 = crc;
+  return found;
 }
 
 // --- values ----------------------------------------------------------------------------------------------------------

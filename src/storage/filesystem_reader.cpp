@@ -7,7 +7,6 @@
 //   staged    anything else (stored transposed or lazily conjugated; a destination of tiny runs): through a buffer
 #include <algorithm>
 #include <span>
-#include <unordered_map>
 #include <utility>
 
 #include "reshard/core/checked.h"
@@ -16,6 +15,7 @@
 #include "reshard/format/strided_copy.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "storage/archive_frames.h"
 #include "storage/checked_file.h"
 #include "storage/chunks.h"
 
@@ -37,19 +37,25 @@ struct Stored {
   const StorageInfo* place = nullptr;
   const TensorStorageMetadata* tensor = nullptr;  // null for a value
   const Box* chunk = nullptr;                     // of the tensor
-  std::vector<const ReadItem*> wants;
+  std::span<const ReadItem* const> wants;
   uint64_t wanted_bytes = 0;   // of elements, by all wants
   uint64_t element_bytes = 0;  // of the whole chunk
 };
 
-Stored find_stored(const Metadata& metadata, const MetadataIndex& index) {
+/// The item's position in the catalogue's storage_data.
+size_t position_of(const Metadata& metadata, const MetadataIndex& index) {
+  if (const auto position = metadata.storage_data.position(index)) return *position;
+  throw Error(ErrorCode::kCorruptData, "the catalogue has no item " + to_string(index), {.key = index.fqn});
+}
+
+Stored stored_at(const Metadata& metadata, size_t position) {
   Stored stored;
-  const auto position = metadata.storage_data.position(index);
+  const auto& [key, place] = *(metadata.storage_data.begin() + static_cast<ptrdiff_t>(position));
+  const MetadataIndex& index = key;
   const StorageMetadata* entry = metadata.state_dict_metadata.find(index.fqn);
-  if (!position || entry == nullptr) {
+  if (entry == nullptr) {
     throw Error(ErrorCode::kCorruptData, "the catalogue has no item " + to_string(index), {.key = index.fqn});
   }
-  const auto& [key, place] = *(metadata.storage_data.begin() + static_cast<ptrdiff_t>(*position));
   stored.index = &key;
   stored.place = &place;
   stored.tensor = std::get_if<TensorStorageMetadata>(entry);
@@ -376,8 +382,12 @@ class FileLoad {
  private:
   template <class Body>
   void in_context(const Stored& stored, const Body& body) {
-    with_error_context({.key = stored.index->fqn, .file = stored.place->relative_path, .offset = stored.place->offset},
-                       body);
+    with_error_context(
+        [&] {
+          return ErrorContext{
+              .key = stored.index->fqn, .file = stored.place->relative_path, .offset = stored.place->offset};
+        },
+        body);
   }
 
   static bool is_packable(const Stored& stored) {
@@ -414,7 +424,9 @@ class FileLoad {
       take_value(stored, bytes);
       return;
     }
-    const TensorItem item = read_header(stored, MemorySource(bytes));
+    // Most are laid out as this library and the current PyTorch do it; then there is nothing to parse.
+    const auto known = frames_.get(stored.tensor->properties.dtype, stored.chunk->sizes).match(bytes);
+    const TensorItem item = known ? *known : read_header(stored, MemorySource(bytes));
     const ByteSpan payload =
         bytes.subspan(static_cast<size_t>(item.payload_offset), static_cast<size_t>(item.payload_size));
     if (verify_records_ && item.crc32) require_crc(*item.crc32, crc32(payload));
@@ -500,6 +512,7 @@ class FileLoad {
   const FileSystemReaderOptions& options_;
   ReadCounters& counters_;
   std::function<void(uint64_t)> on_read_;
+  ArchiveFrames frames_{TensorArchiveOptions{}.alignment};
   Bytes packed_;
 };
 
@@ -543,38 +556,48 @@ void FileSystemReader::read_data(const LoadPlan& plan, LoadPlanner& planner, con
     throw Error(ErrorCode::kFailedPrecondition, "read_data before set_up_storage_reader", {.rank = context.rank});
   }
   with_error_context({.rank = context.rank}, [&] {
-    std::vector<Stored> items;
-    std::unordered_map<MetadataIndex, size_t, MetadataIndexHash> numbers;
-    uint64_t total = 0;
+    // What is wanted of each stored item, in the plan's order.
+    std::vector<std::pair<size_t, const ReadItem*>> numbered;
+    numbered.reserve(plan.items.size());
     for (const ReadItem& want : plan.items) {
-      if (!want.is_bytes && volume(want.lengths) == 0) {
-        const StorageMetadata* entry = metadata_->state_dict_metadata.find(want.storage_index.fqn);
-        const auto* tensor = entry != nullptr ? std::get_if<TensorStorageMetadata>(entry) : nullptr;
-        if (tensor != nullptr) planner.commit_tensor(want, resolve(planner, want, tensor->properties.dtype));
+      if (want.is_bytes || volume(want.lengths) != 0) {
+        numbered.emplace_back(position_of(*metadata_, want.storage_index), &want);
         continue;
       }
-      const auto [it, inserted] = numbers.try_emplace(want.storage_index, items.size());
-      if (inserted) items.push_back(find_stored(*metadata_, want.storage_index));
-      Stored& stored = items[it->second];
-      if (want.is_bytes != (stored.tensor == nullptr)) {
-        throw Error(ErrorCode::kInternal, "the plan and the catalogue differ on what is a tensor",
-                    {.key = want.storage_index.fqn});
-      }
-      stored.wants.push_back(&want);
-      if (stored.tensor != nullptr) {
-        if (!is_inside({want.storage_offsets, want.lengths}, stored.chunk->sizes)) {
+      const StorageMetadata* entry = metadata_->state_dict_metadata.find(want.storage_index.fqn);
+      const auto* tensor = entry != nullptr ? std::get_if<TensorStorageMetadata>(entry) : nullptr;
+      if (tensor != nullptr) planner.commit_tensor(want, resolve(planner, want, tensor->properties.dtype));
+    }
+    std::ranges::stable_sort(numbered, {}, [](const auto& pair) { return pair.first; });
+    std::vector<const ReadItem*> wants;
+    wants.reserve(numbered.size());
+    for (const auto& [position, want] : numbered) wants.push_back(want);
+
+    std::vector<Stored> items;
+    uint64_t total = 0;
+    for (size_t begin = 0, end = 0; begin < numbered.size(); begin = end) {
+      while (end < numbered.size() && numbered[end].first == numbered[begin].first) ++end;
+      Stored stored = stored_at(*metadata_, numbered[begin].first);
+      stored.wants = std::span(wants).subspan(begin, end - begin);
+      if (stored.tensor == nullptr) total += stored.place->length;
+      for (const ReadItem* want : stored.wants) {
+        if (want->is_bytes != (stored.tensor == nullptr)) {
+          throw Error(ErrorCode::kInternal, "the plan and the catalogue differ on what is a tensor",
+                      {.key = want->storage_index.fqn});
+        }
+        if (stored.tensor == nullptr) continue;
+        if (!is_inside({want->storage_offsets, want->lengths}, stored.chunk->sizes)) {
           throw Error(ErrorCode::kInternal, "the plan wants a region outside its stored chunk",
-                      {.key = want.storage_index.fqn,
-                       .wanted = to_string(Box{want.storage_offsets, want.lengths}),
+                      {.key = want->storage_index.fqn,
+                       .wanted = to_string(Box{want->storage_offsets, want->lengths}),
                        .found = to_string(stored.chunk->sizes)});
         }
-        const auto bytes = static_cast<uint64_t>(volume(want.lengths) * element_size(stored.tensor->properties.dtype));
+        const auto bytes = static_cast<uint64_t>(volume(want->lengths) * element_size(stored.tensor->properties.dtype));
         stored.wanted_bytes += bytes;
         counters_.bytes_needed += bytes;
         total += bytes;
-      } else if (inserted) {
-        total += stored.place->length;
       }
+      items.push_back(stored);
     }
     std::ranges::stable_sort(items, [](const Stored& a, const Stored& b) {
       const int order = a.place->relative_path.compare(b.place->relative_path);

@@ -27,12 +27,14 @@
 #include "reshard/format/strided_copy.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "storage/archive_frames.h"
 #include "storage/file_names.h"
 
 namespace reshard {
 namespace {
 
 constexpr uint64_t kWriteBytes = 4 << 20;  // small items are gathered into writes of at least this many bytes
+constexpr uint64_t kCopyBytes = 16 << 10;  // shorter parts are copied together
 constexpr uint64_t kCrcBytes = 1 << 20;    // summed and written while still in the cache
 constexpr uint64_t kSyncBytes = 64 << 20;  // sent to the device between two signs of progress
 
@@ -80,11 +82,8 @@ std::vector<Bucket> fill_buckets(const std::vector<WriteItem>& items, const File
   return buckets;
 }
 
-TensorArchive archive_of(const WriteItem& item, uint32_t alignment) {
-  return TensorArchive(item.properties.dtype, item.chunk.sizes, {.alignment = alignment});
-}
-
-void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const FileSystemWriterOptions& options) {
+void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const FileSystemWriterOptions& options,
+                 ArchiveFrames& frames) {
   plan.storage.assign(plan.items.size(), {});
   int64_t number = first_file_number;
   for (const Bucket& bucket : fill_buckets(plan.items, options)) {
@@ -96,8 +95,9 @@ void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const F
       StorageInfo& place = plan.storage[i];
       place.relative_path = name;
       place.offset = checked_add(end, gap, "size of a data file");
-      place.length =
-          item.type == WriteItemType::kByteIo ? item.length : archive_of(item, options.storage_alignment).length();
+      place.length = item.type == WriteItemType::kByteIo
+                         ? item.length
+                         : frames.get(item.properties.dtype, item.chunk.sizes).archive().length();
       end = checked_add(place.offset, place.length, "size of a data file");
     }
   }
@@ -109,8 +109,9 @@ void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const F
 // --- writing
 // -----------------------------------------------------------------------------------------------------------
 
-/// Collects consecutive parts of one file, sums them, and writes them in calls of several MiB. Parts are borrowed: their
-/// memory must live until the next flush, which `keep` sees to.
+/// Collects consecutive parts of one file, sums them, and writes them in calls of several MiB. Small parts are copied,
+/// so that a thousand of them are one piece of memory; large ones are borrowed, and must live until the next flush,
+/// which `keep` sees to.
 class GatheringWriter {
  public:
   GatheringWriter(WritableFile& file, std::function<void(uint64_t)> on_written)
@@ -118,16 +119,25 @@ class GatheringWriter {
 
   uint64_t position() const { return begin_ + pending_; }
 
+  /// Adds bytes that may change or go right after.
+  void add_copy(ByteSpan bytes) {
+    sums_.add(bytes);
+    for (; !bytes.empty(); bytes = bytes.subspan(std::min<size_t>(bytes.size(), kCopyBytes))) {
+      put(copy(bytes.first(std::min<size_t>(bytes.size(), kCopyBytes))));
+    }
+  }
+  /// Adds bytes that live until the next flush.
   void add(ByteSpan bytes) {
     // Summed and written while still in the cache.
     for (; !bytes.empty(); bytes = bytes.subspan(std::min<size_t>(bytes.size(), kCrcBytes))) {
       const ByteSpan piece = bytes.first(std::min<size_t>(bytes.size(), kCrcBytes));
       sums_.add(piece);
-      put(piece);
+      put(piece.size() < kCopyBytes ? copy(piece) : piece);
     }
   }
   /// Adds bytes that the writer owns from here on.
   void add(Bytes bytes) {
+    if (bytes.size() < kCopyBytes) return add(ByteSpan(bytes));
     sums_.add(bytes);
     owned_.push_back(std::move(bytes));
     put(owned_.back());
@@ -149,12 +159,19 @@ class GatheringWriter {
     begin_ += written;
     parts_.clear();
     owned_.clear();
+    copies_.clear();
     // The last one may be of an item whose other parts are still to come.
     if (kept_.size() > 1) kept_.erase(kept_.begin(), kept_.end() - 1);
     on_written_(written);
   }
 
  private:
+  ByteSpan copy(ByteSpan bytes) {
+    copies_.reserve(kWriteBytes + kCopyBytes);  // never more: a flush comes before
+    const auto at = static_cast<ptrdiff_t>(copies_.size());
+    copies_.insert(copies_.end(), bytes.begin(), bytes.end());
+    return {copies_.begin() + at, bytes.size()};
+  }
   void put(ByteSpan part) {
     if (!parts_.empty() && parts_.back().data() + parts_.back().size() == part.data()) {
       parts_.back() = {parts_.back().data(), parts_.back().size() + part.size()};
@@ -171,6 +188,7 @@ class GatheringWriter {
   uint64_t begin_ = 0;    // where the pending parts go
   uint64_t pending_ = 0;  // their bytes
   std::vector<ByteSpan> parts_;
+  Bytes copies_;
   std::vector<Bytes> owned_;
   std::vector<std::shared_ptr<const void>> kept_;
 };
@@ -198,7 +216,7 @@ uint32_t add_payload(GatheringWriter& out, const TensorView& view, uint64_t size
 }
 
 void write_item(GatheringWriter& out, const WriteItem& item, const StorageInfo& place, const SavePlanner& planner,
-                uint32_t alignment) {
+                ArchiveFrames& frames) {
   out.pad_to(place.offset);
   if (out.position() != place.offset) {
     disagree("place of an item", std::to_string(place.offset), std::to_string(out.position()));
@@ -212,19 +230,19 @@ void write_item(GatheringWriter& out, const WriteItem& item, const StorageInfo& 
     return;
   }
   const TensorView view = planner.resolve_tensor(item);
-  const TensorArchive archive = archive_of(item, alignment);
+  TensorArchiveFrame& frame = frames.get(item.properties.dtype, item.chunk.sizes);
   if (view.dtype != item.properties.dtype) {
     disagree("dtype of a tensor", std::string(to_string(item.properties.dtype)), std::string(to_string(view.dtype)));
   }
   if (view.sizes != item.chunk.sizes) {
     disagree("shape of a tensor", to_string(item.chunk.sizes), to_string(view.sizes));
   }
-  if (archive.length() != place.length) {
-    disagree("length of an item", std::to_string(place.length), std::to_string(archive.length()));
+  if (frame.archive().length() != place.length) {
+    disagree("length of an item", std::to_string(place.length), std::to_string(frame.archive().length()));
   }
   out.keep(view.owner);
-  out.add(archive.head());
-  out.add(archive.tail(add_payload(out, view, archive.payload_size())));
+  out.add_copy(frame.head());
+  out.add_copy(frame.tail(add_payload(out, view, frame.archive().payload_size())));
 }
 
 /// The items of one data file, by offset.
@@ -332,9 +350,10 @@ void FileSystemWriter::begin_save(const std::string&) {
 }
 
 std::vector<SavePlan> FileSystemWriter::prepare_global_plan(std::vector<SavePlan> plans) {
+  ArchiveFrames frames(options_.storage_alignment);
   for (size_t rank = 0; rank < plans.size(); ++rank) {
     with_error_context({.rank = static_cast<int>(rank)},
-                       [&] { place_items(plans[rank], rank, first_file_number_, options_); });
+                       [&] { place_items(plans[rank], rank, first_file_number_, options_, frames); });
   }
   return plans;
 }
@@ -384,11 +403,12 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
     const FileJob& job = jobs[number];
     const auto file = create(job.name);
     GatheringWriter out(*file, on_written);
+    ArchiveFrames frames(options_.storage_alignment);
     for (const size_t i : job.items) {
       const WriteItem& item = plan.items[i];
       const StorageInfo& place = plan.storage[i];
-      with_error_context({.key = item.index.fqn, .file = job.name},
-                         [&] { write_item(out, item, place, planner, options_.storage_alignment); });
+      with_error_context([&] { return ErrorContext{.key = item.index.fqn, .file = job.name}; },
+                         [&] { write_item(out, item, place, planner, frames); });
       results[i] = {item.index, place};
     }
     out.flush();

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 namespace reshard {
 
@@ -99,6 +100,19 @@ decltype(auto) with_error_context(const ErrorContext& context, Body&& body) {
     throw;
   } catch (const Error& error) {
     throw error.with_context(context);
+  }
+}
+
+/// The same with a context that is made only when it is needed: for bodies that run a million times.
+template <class MakeContext, class Body>
+requires std::is_invocable_r_v<ErrorContext, MakeContext>
+decltype(auto) with_error_context(MakeContext&& make_context, Body&& body) {
+  try {
+    return body();
+  } catch (const CheckpointError&) {
+    throw;
+  } catch (const Error& error) {
+    throw error.with_context(make_context());
   }
 }
 

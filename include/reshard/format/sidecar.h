@@ -107,6 +107,7 @@ class ReceiptsDigest {
 
  private:
   Sha256 hash_;
+  ByteWriter entry_;
 };
 
 }  // namespace reshard

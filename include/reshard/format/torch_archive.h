@@ -47,6 +47,8 @@ class MemorySource final : public ByteSource {
   ByteSpan data_;
 };
 
+struct TensorItem;
+
 // --- writing ---------------------------------------------------------------------------------------------------------
 
 struct TensorArchiveOptions {
@@ -71,6 +73,7 @@ class TensorArchive {
   Bytes tail(uint32_t crc) const;
 
  private:
+  friend class TensorArchiveFrame;
   enum Index { kPickle, kFormatVersion, kAlignment, kByteOrder, kData, kVersion, kSerializationId, kRecordCount };
   struct Record {
     uint64_t header = 0;   // position of the local header
@@ -85,6 +88,32 @@ class TensorArchive {
   Record records_[kRecordCount];
   uint64_t directory_ = 0;
   uint64_t length_ = 0;
+};
+
+/// The bytes around the elements of every tensor of one dtype and shape. They differ in the CRC-32 alone, so they are
+/// made once, and a tensor costs a copy of them. For one thread.
+class TensorArchiveFrame {
+ public:
+  explicit TensorArchiveFrame(const TensorArchive& archive);
+  const TensorArchive& archive() const { return archive_; }
+  /// TensorArchive::head(), valid as long as this object.
+  ByteSpan head() const { return head_; }
+  /// TensorArchive::tail(crc), valid until the next call.
+  ByteSpan tail(uint32_t crc);
+  /// What read_tensor_item() says of `item` (all of its bytes), if that is this frame around some elements, byte for
+  /// byte; else nothing, and the item may still be such a tensor in another layout. Does not check the elements.
+  std::optional<TensorItem> match(ByteSpan item);
+
+ private:
+  TensorArchive archive_;
+  Bytes head_;
+  Bytes tail_;
+  uint64_t hash_before_ = 0;  // of the contents before the elements
+  uint32_t version_crc_ = 0;
+  // Positions in tail_ of what depends on the CRC-32: its own two places, the id and the two places of the id's CRC-32.
+  size_t data_crcs_[2] = {};
+  size_t id_ = 0;
+  size_t id_crcs_[2] = {};
 };
 
 /// The archive of any other value, as torch.save writes it. `storages` are the contents of data/0, data/1, ...: the
