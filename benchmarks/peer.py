@@ -5,7 +5,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 import warnings
 
@@ -111,7 +110,67 @@ def load(command):
             plain[name].copy_(tensor)
 
 
+class Net(torch.nn.Module):
+    def __init__(self, layers, width):
+        super().__init__()
+        for i in range(layers):
+            self.add_module(f"layer{i}", torch.nn.Linear(width, width))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                k = torch.arange(parameter.numel())
+                parameter.copy_(((k * 7919 % 2001 - 1000).double() / (1000 * width**0.5)).view(parameter.shape))
+
+    def forward(self, x):
+        for linear in self.children():
+            x = x + linear(x).relu()
+        return x
+
+
+def train(command):
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    width, parts = command["width"], {}
+
+    def run():
+        model = Net(command["layers"], width)
+        if command["with"] == "FSDP":
+            from torch.distributed.fsdp import FullyShardedDataParallel
+            from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+            model = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({torch.nn.Linear}), device_id=torch.device("cpu"))
+        else:
+            from torch.distributed.fsdp import fully_shard
+
+            for linear in model.children():
+                fully_shard(linear, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        batch = (torch.arange(command["batch"] * width, dtype=torch.float32) % 17).view(-1, width) / 17
+
+        def step():
+            optimizer.zero_grad()
+            loss = model(batch).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        step()
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(command["steps"]):
+            parts["loss"] = step()
+        parts["seconds"] = time.perf_counter() - begin
+        dist.barrier()
+        begin = time.perf_counter()
+        get_model_state_dict(model)
+        parts["state_dict_seconds"] = time.perf_counter() - begin
+
+    return {**measured(run), **parts}
+
+
 def carry_out(command):
+    if command["do"] == "train":
+        return train(command)
     if command["do"] == "save":
         return measured(lambda: save(command))
     if command["do"] == "load":

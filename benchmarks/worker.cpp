@@ -10,12 +10,18 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <torch/csrc/api/include/torch/nn/modules/linear.h>
+#include <torch/csrc/api/include/torch/optim/adamw.h>
+
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/remainder.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,6 +37,7 @@
 
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/format/crc32.h"
+#include "reshard/fsdp/fully_sharded_data_parallel.h"
 
 namespace {
 
@@ -102,6 +109,33 @@ class Meter {
   double begin_ = 0;
 };
 
+/// `layers` times x + relu(linear(x)).
+class NetImpl : public torch::nn::Module {
+ public:
+  NetImpl(int64_t layers, int64_t width) {
+    for (int64_t i = 0; i < layers; ++i) {
+      linears_.push_back(register_module("layer" + std::to_string(i), torch::nn::Linear(width, width)));
+    }
+    // Values that PyTorch makes too.
+    const at::NoGradGuard no_grad;
+    for (const at::Tensor& parameter : parameters()) {
+      const at::Tensor k = at::arange(parameter.numel(), at::kLong);
+      parameter.copy_((at::remainder(k * 7919, 2001) - 1000)
+                          .to(at::kDouble)
+                          .div_(1000 * std::sqrt(double(width)))
+                          .view(parameter.sizes()));
+    }
+  }
+  at::Tensor forward(at::Tensor x) {
+    for (torch::nn::Linear& linear : linears_) x = x + linear(x).relu();
+    return x;
+  }
+
+ private:
+  std::vector<torch::nn::Linear> linears_;
+};
+TORCH_MODULE(Net);
+
 class Worker {
  public:
   Worker(std::shared_ptr<reshard::ProcessGroup> group, const Layout& layout)
@@ -136,6 +170,7 @@ class Worker {
       for_each_element([&](float& value, float wanted) { wrong += value != wanted; });
       return {{"wrong", wrong}};
     }
+    if (what == "train") return train(command);
     if (what == "probe") return {{"seconds", probe(command.at("probe"), command.at("dir"))}};
     throw std::invalid_argument("unknown command " + what);
   }
@@ -173,6 +208,42 @@ class Worker {
       result["data_bytes_read"] = reader.counters().bytes_read;
     }
     result["collectives"] = group_->traffic().collectives - collectives;
+    return result;
+  }
+
+  /// Steps of sharded training, timed after one that is not, and a sharded state dict.
+  Json train(const Json& command) {
+    const int64_t width = command.at("width");
+    group_->barrier();
+    const Meter whole;
+    reshard::FullyShardedDataParallel<Net> model(
+        Net(command.at("layers").get<int64_t>(), width),
+        {.process_group = group_, .wrap_policy = reshard::wrap_by_type<torch::nn::LinearImpl>()});
+    torch::optim::AdamW optimizer(model.parameters(), torch::optim::AdamWOptions(1e-3));
+    const at::Tensor input =
+        at::arange(command.at("batch").get<int64_t>() * width, at::kFloat).remainder_(17).view({-1, width}) / 17;
+    double loss = 0;
+    const auto step = [&] {
+      optimizer.zero_grad();
+      const at::Tensor result = model(input).square().mean();
+      result.backward();
+      optimizer.step();
+      loss = result.item<double>();
+    };
+    step();
+    group_->barrier();
+    const double begin = now();
+    for (int i = command.at("steps"); i > 0; --i) step();
+    const double seconds = now() - begin;
+    Json result = whole.stop();
+    result["seconds"] = seconds;
+    result["loss"] = loss;
+    const uint64_t sent = group_->traffic().bytes;
+    const double before = now();
+    const reshard::StateDict state = model.state_dict(reshard::StateDictType::kSharded);
+    result["state_dict_seconds"] = now() - before;
+    result["state_dict_bytes_sent"] = group_->traffic().bytes - sent;
+    group_->barrier();
     return result;
   }
 

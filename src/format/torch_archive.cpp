@@ -300,7 +300,8 @@ Bytes TensorArchive::head() const {
 }
 
 Bytes TensorArchive::tail(uint32_t crc) const {
-  const ByteSpan tail = TensorArchiveFrame(*this).tail(crc);
+  TensorArchiveFrame frame(*this);
+  const ByteSpan tail = frame.tail(crc);
   return {tail.begin(), tail.end()};
 }
 

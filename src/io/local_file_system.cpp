@@ -113,11 +113,10 @@ class LocalWriter final : public WritableFile {
   }
 
   void write_back(uint64_t offset, uint64_t length) override {
-    constexpr unsigned kWait = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
-    const int result = resumed(
-        [&] { return ::sync_file_range(fd_.get(), static_cast<off_t>(offset), static_cast<off_t>(length), kWait); });
-    if (result == 0 || errno == EINVAL || errno == ESPIPE || errno == ENOSYS || errno == ENOTSUP) return;
-    throw os_error(errno, "write back", path_);
+    sync_range(offset, length, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+  }
+  void start_write_back(uint64_t offset, uint64_t length) override {
+    sync_range(offset, length, SYNC_FILE_RANGE_WRITE);
   }
 
   void sync() override {
@@ -131,6 +130,13 @@ class LocalWriter final : public WritableFile {
   }
 
  private:
+  void sync_range(uint64_t offset, uint64_t length, unsigned flags) {
+    const int result = resumed(
+        [&] { return ::sync_file_range(fd_.get(), static_cast<off_t>(offset), static_cast<off_t>(length), flags); });
+    if (result == 0 || errno == EINVAL || errno == ESPIPE || errno == ENOSYS || errno == ENOTSUP) return;
+    throw os_error(errno, "write back", path_);
+  }
+
   Descriptor fd_;
   std::string path_;
 };

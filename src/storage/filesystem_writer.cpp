@@ -33,10 +33,11 @@
 namespace reshard {
 namespace {
 
-constexpr uint64_t kWriteBytes = 4 << 20;  // small items are gathered into writes of at least this many bytes
-constexpr uint64_t kCopyBytes = 16 << 10;  // shorter parts are copied together
-constexpr uint64_t kCrcBytes = 1 << 20;    // summed and written while still in the cache
-constexpr uint64_t kSyncBytes = 64 << 20;  // sent to the device between two signs of progress
+constexpr uint64_t kWriteBytes = 4 << 20;   // small items are gathered into writes of at least this many bytes
+constexpr uint64_t kCopyBytes = 16 << 10;   // shorter parts are copied together
+constexpr uint64_t kCrcBytes = 1 << 20;     // summed and written while still in the cache
+constexpr uint64_t kEarlyBytes = 16 << 20;  // written before the device is asked to begin with them
+constexpr uint64_t kSyncBytes = 64 << 20;   // sent to the device between two signs of progress
 
 uint64_t tensor_bytes(const WriteItem& item) {
   return static_cast<uint64_t>(volume(item.chunk.sizes)) * static_cast<uint64_t>(element_size(item.properties.dtype));
@@ -114,8 +115,9 @@ void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const F
 /// which `keep` sees to.
 class GatheringWriter {
  public:
-  GatheringWriter(WritableFile& file, std::function<void(uint64_t)> on_written)
-      : file_(file), on_written_(std::move(on_written)) {}
+  /// `early`: the device gets to work before all is written, because a sync will wait for it.
+  GatheringWriter(WritableFile& file, bool early, std::function<void(uint64_t)> on_written)
+      : file_(file), early_(early), on_written_(std::move(on_written)) {}
 
   uint64_t position() const { return begin_ + pending_; }
 
@@ -157,6 +159,10 @@ class GatheringWriter {
     file_.write_gather(begin_, parts_);
     const uint64_t written = std::exchange(pending_, 0);
     begin_ += written;
+    if (early_ && begin_ - started_ >= kEarlyBytes) {
+      file_.start_write_back(started_, begin_ - started_);
+      started_ = begin_;
+    }
     parts_.clear();
     owned_.clear();
     copies_.clear();
@@ -183,8 +189,10 @@ class GatheringWriter {
   }
 
   WritableFile& file_;
+  const bool early_;
   std::function<void(uint64_t)> on_written_;
   BlockSummer sums_;
+  uint64_t started_ = 0;  // where the device was not asked yet
   uint64_t begin_ = 0;    // where the pending parts go
   uint64_t pending_ = 0;  // their bytes
   std::vector<ByteSpan> parts_;
@@ -402,7 +410,7 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
   const auto write_file = [&](size_t number) {
     const FileJob& job = jobs[number];
     const auto file = create(job.name);
-    GatheringWriter out(*file, on_written);
+    GatheringWriter out(*file, options_.sync_files, on_written);
     ArchiveFrames frames(options_.storage_alignment);
     for (const size_t i : job.items) {
       const WriteItem& item = plan.items[i];

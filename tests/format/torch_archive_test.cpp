@@ -97,6 +97,52 @@ TEST(TensorArchiveTest, ReadsBackWhatItWrote) {
   }
 }
 
+TEST(TensorArchiveFrameTest, SaysOfAnArchiveWhatParsingItSays) {
+  for (const Dims& sizes : {Dims{}, Dims{0, 3}, Dims{4, 8}, Dims{2, 1, 3, 1, 2}}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBool, DType::kFloat8E4M3FN}) {
+      for (const bool requires_grad : {false, true}) {
+        TensorArchiveFrame frame(TensorArchive(dtype, sizes, {.alignment = 64, .requires_grad = requires_grad}));
+        for (const size_t shift : {0, 1}) {  // a frame is used again and again
+          Bytes payload = pattern(frame.archive().payload_size() + shift);
+          payload.erase(payload.begin(), payload.begin() + static_cast<ptrdiff_t>(shift));
+          const Bytes bytes = whole_archive(frame.archive(), payload);
+          const auto found = frame.match(bytes);
+          ASSERT_TRUE(found) << to_string(dtype) << " " << to_string(sizes);
+          const TensorItem parsed = read_tensor_item(MemorySource(bytes));
+          EXPECT_EQ(found->dtype, parsed.dtype);
+          EXPECT_EQ(found->sizes, parsed.sizes);
+          EXPECT_EQ(found->strides, parsed.strides);
+          EXPECT_EQ(found->storage_offset, parsed.storage_offset);
+          EXPECT_EQ(found->payload_offset, parsed.payload_offset);
+          EXPECT_EQ(found->payload_size, parsed.payload_size);
+          EXPECT_EQ(found->crc32, parsed.crc32);
+          EXPECT_EQ(found->requires_grad, parsed.requires_grad);
+          EXPECT_EQ(found->conj, parsed.conj);
+          EXPECT_EQ(found->neg, parsed.neg);
+        }
+      }
+    }
+  }
+}
+
+TEST(TensorArchiveFrameTest, KnowsNothingThatDiffersInOneByte) {
+  TensorArchiveFrame frame(TensorArchive(DType::kFloat32, {4, 8}));
+  const uint64_t begin = frame.archive().payload_offset();
+  const uint64_t end = begin + frame.archive().payload_size();
+  Bytes bytes = whole_archive(frame.archive(), pattern(frame.archive().payload_size()));
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    bytes[i] ^= std::byte{1};
+    // What lies in the payload is for the CRC-32 to judge.
+    EXPECT_EQ(frame.match(bytes).has_value(), i >= begin && i < end) << "byte " << i;
+    bytes[i] ^= std::byte{1};
+  }
+  EXPECT_TRUE(frame.match(bytes));
+  bytes.push_back({});
+  EXPECT_FALSE(frame.match(bytes));
+  EXPECT_FALSE(frame.match(ByteSpan(bytes).first(bytes.size() - 2)));
+  EXPECT_FALSE(frame.match({}));
+}
+
 TEST(TensorArchiveTest, HeadersPast4GiBAreThoseOfTorch) {
   // SHA-256 of what torch 2.14.1 wrote before and after the elements of zeros(n, dtype=uint8). 2^32 - 2 bytes: only positions need 64 bits.
   struct Case {

@@ -46,6 +46,7 @@ TEST_F(LocalFileSystemTest, WhatIsWrittenIsReadBack) {
   const std::vector<ByteSpan> parts{as_bytes("abc"), as_bytes(""), as_bytes("defg")};
   file->write_gather(2, parts);
   file->write(20, as_bytes("z"));
+  file->start_write_back(0, 1 << 20);
   file->write_back(0, 1 << 20);
   file->sync();
   file->close();

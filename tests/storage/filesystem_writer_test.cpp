@@ -474,10 +474,25 @@ TEST(FileSystemWriterTest, ShowsProgressWhileALargeFileGoesToTheDevice) {
   EXPECT_THAT(written_back, ElementsAre("write_back /checkpoint/__0_0.distcp [0, 67108864)",
                                         "write_back /checkpoint/__0_0.distcp [67108864, 134217728)"));
 
-  FaultFileSystem faulty(memory);
-  faulty.inject({.call = FileCall::kWriteBack, .error = EIO});
-  FileSystemWriter second("/second", {}, faulty);
-  EXPECT_ERROR(ErrorCode::kIo, "write_back (injected)", run_save(*transport, state, planner, second));
+  // Long before that, piece by piece and without gaps, the device was asked to begin.
+  uint64_t end = 0;
+  for (const FileCallRecord& call : calls) {
+    if (call.call == FileCall::kWrite && call.offset != 0) {
+      EXPECT_LE(call.offset - end, 20u << 20) << to_string(call);
+    }
+    if (call.call != FileCall::kStartWriteBack) continue;
+    EXPECT_EQ(call.offset, end);
+    end += call.bytes;
+  }
+  EXPECT_GE(end, 120u << 20);
+
+  for (const auto& [call, text] : {std::pair(FileCall::kWriteBack, "write_back (injected)"),
+                                   std::pair(FileCall::kStartWriteBack, "start_write_back (injected)")}) {
+    FaultFileSystem faulty(memory);
+    faulty.inject({.call = call, .error = EIO});
+    FileSystemWriter second("/second", {}, faulty);
+    EXPECT_ERROR(ErrorCode::kIo, text, run_save(*transport, state, planner, second));
+  }
 }
 
 TEST(FileSystemWriterTest, LeavesOutEverySyncWhenAskedTo) {

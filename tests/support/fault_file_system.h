@@ -34,6 +34,7 @@ enum class FileCall : uint8_t {
   kRead,
   kWrite,
   kWriteBack,
+  kStartWriteBack,
   kSync,
   kClose,
   kRename,
@@ -45,12 +46,12 @@ enum class FileCall : uint8_t {
   kRemoveDirectory,
   kLock,
 };
-inline constexpr size_t kFileCallKinds = 15;
+inline constexpr size_t kFileCallKinds = 16;
 
 inline std::string_view to_string(FileCall call) {
   constexpr std::array<std::string_view, kFileCallKinds> kNames = {
-      "create", "open",   "read",           "write", "write_back", "sync",  "close", "rename",
-      "remove", "mkdirs", "sync_directory", "list",  "status",     "rmdir", "lock"};
+      "create", "open",   "read",   "write",          "write_back", "start_write_back", "sync",  "close",
+      "rename", "remove", "mkdirs", "sync_directory", "list",       "status",           "rmdir", "lock"};
   return kNames.at(static_cast<size_t>(call));
 }
 
@@ -67,7 +68,8 @@ struct FileCallRecord {
 inline std::string to_string(const FileCallRecord& record) {
   std::string text = std::string(to_string(record.call)) + " " + record.path;
   if (!record.to.empty()) text += " -> " + record.to;
-  if (record.call == FileCall::kRead || record.call == FileCall::kWrite || record.call == FileCall::kWriteBack) {
+  if (record.call == FileCall::kRead || record.call == FileCall::kWrite || record.call == FileCall::kWriteBack ||
+      record.call == FileCall::kStartWriteBack) {
     text += " [" + std::to_string(record.offset) + ", " + std::to_string(record.offset + record.bytes) + ")";
   }
   return text;
@@ -238,6 +240,10 @@ class FaultFileSystem final : public FileSystem {
     void write_back(uint64_t offset, uint64_t length) override {
       state_->run({.call = FileCall::kWriteBack, .path = path_, .offset = offset, .bytes = length},
                   [&] { real_->write_back(offset, length); });
+    }
+    void start_write_back(uint64_t offset, uint64_t length) override {
+      state_->run({.call = FileCall::kStartWriteBack, .path = path_, .offset = offset, .bytes = length},
+                  [&] { real_->start_write_back(offset, length); });
     }
     void sync() override {
       state_->run({.call = FileCall::kSync, .path = path_}, [&] { real_->sync(); });

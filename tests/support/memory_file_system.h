@@ -105,6 +105,7 @@ class MemoryFileSystem final : public FileSystem {
       }
     }
     void write_back(uint64_t, uint64_t) override {}
+    void start_write_back(uint64_t, uint64_t) override {}
     void sync() override {}
     void close() override {}
 

@@ -53,6 +53,9 @@ class WritableFile {
   /// Waits until the system has sent what was written to these bytes to the device, so that sync() has less left to wait
   /// for. Makes nothing durable. Does nothing where the file system cannot.
   virtual void write_back(uint64_t offset, uint64_t length) = 0;
+  /// Asks for the same without waiting for it, so that the device works while more is written. Does nothing where the
+  /// system knows no such thing.
+  virtual void start_write_back(uint64_t offset, uint64_t length) = 0;
   /// Makes contents and size durable. After an error the file must be taken as lost: a second sync() may succeed
   /// wrongly.
   virtual void sync() = 0;
