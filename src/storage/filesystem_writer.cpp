@@ -35,7 +35,7 @@ namespace {
 
 constexpr uint64_t kWriteBytes = 4 << 20;   // small items are gathered into writes of at least this many bytes
 constexpr uint64_t kCopyBytes = 16 << 10;   // shorter parts are copied together
-constexpr uint64_t kCrcBytes = 1 << 20;     // summed and written while still in the cache
+constexpr uint64_t kCrcBytes = 256 << 10;   // of a large part: summed and written while in the core's own cache
 constexpr uint64_t kEarlyBytes = 16 << 20;  // written before the device is asked to begin with them
 constexpr uint64_t kSyncBytes = 64 << 20;   // sent to the device between two signs of progress
 
@@ -130,7 +130,6 @@ class GatheringWriter {
   }
   /// Adds bytes that live until the next flush.
   void add(ByteSpan bytes) {
-    // Summed and written while still in the cache.
     for (; !bytes.empty(); bytes = bytes.subspan(std::min<size_t>(bytes.size(), kCrcBytes))) {
       const ByteSpan piece = bytes.first(std::min<size_t>(bytes.size(), kCrcBytes));
       sums_.add(piece);
@@ -185,7 +184,7 @@ class GatheringWriter {
       parts_.push_back(part);
     }
     pending_ += part.size();
-    if (pending_ >= kWriteBytes) flush();
+    if (pending_ >= kWriteBytes || part.size() >= kCrcBytes) flush();
   }
 
   WritableFile& file_;
