@@ -324,9 +324,10 @@ class Worker {
     } else if (name == "read" || name == "read 2") {
       over_files(directory, name == "read" ? 1 : 2, O_RDONLY, read_all);
     } else if (name == "write sync") {
-      over_files(directory, 1, O_WRONLY | O_CREAT | O_EXCL, [](int fd, const at::Tensor& tensor, int64_t offset) {
+      over_files(directory, 1, O_WRONLY | O_CREAT | O_EXCL, [&](int fd, const at::Tensor& tensor, int64_t offset) {
         write_all(fd, tensor, offset);
-        if (::fdatasync(fd) != 0) fail_os("fdatasync");
+        ::sync_file_range(fd, offset, static_cast<int64_t>(tensor.nbytes()), SYNC_FILE_RANGE_WRITE);
+        if (&tensor == &tensors_.back() && ::fdatasync(fd) != 0) fail_os("fdatasync");
       });
     } else if (name == "write direct") {
       over_files(
