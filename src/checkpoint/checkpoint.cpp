@@ -1,23 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/checkpoint/checkpoint.h"
 
+#include "checkpoint/group_transport.h"
 #include "checkpoint/load_state.h"
 #include "checkpoint/save_state.h"
-#include "reshard/distributed/store_transport.h"
-#include "reshard/protocol/thread_transport.h"
 
 namespace reshard {
-namespace {
-
-/// Messages over the group's store, or none where this process is alone.
-std::unique_ptr<Transport> make_transport(std::shared_ptr<ProcessGroup> group,
-                                          std::optional<std::chrono::milliseconds> silence) {
-  if (!group) group = try_default_process_group();
-  if (!group || (group->is_member() && group->size() == 1)) return solo_transport();
-  return std::make_unique<StoreTransport>(*group, silence.value_or(group->timeout()));
-}
-
-}  // namespace
 
 SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions& options) {
   const auto transport = make_transport(options.process_group, options.silence_timeout);

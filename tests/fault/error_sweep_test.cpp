@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
+#include <functional>
 #include <mutex>
 #include <set>
 
@@ -111,7 +112,8 @@ INSTANTIATE_TEST_SUITE_P(Ranks, ErrorSweepTest, testing::Values(1, 4),
 
 class SaveErrorSweepTest : public ErrorSweepTest {
  protected:
-  void sweep(int before) {
+  using Save = std::function<std::vector<RankOutcome>(const std::string& directory, int number, size_t world_size)>;
+  void sweep(const char* what, int before, const Save& save) {
     const Prepared prepared(before, world_size());
     int states = 0;
     std::set<Committed> seen;
@@ -125,7 +127,7 @@ class SaveErrorSweepTest : public ErrorSweepTest {
           std::vector<RankOutcome> outcomes;
           {
             const HookedSystemCalls hooked(fault);
-            outcomes = try_save(directory_, 2, world_size());
+            outcomes = save(directory_, 2, world_size());
           }
           SCOPED_TRACE(std::string(mode.name) + " on rank " + std::to_string(rank) + ", call " + std::to_string(nth) +
                        ": " + fault.what() + "\n" + outcomes[0].text());
@@ -156,15 +158,21 @@ class SaveErrorSweepTest : public ErrorSweepTest {
       states += tried;
     }
     EXPECT_TRUE(seen.contains(Committed::kNo) && seen.contains(Committed::kUnknown));
-    std::printf("save over %s, %zu ranks: %zu modes, %d modes x calls tried, 0 violations\n",
+    std::printf("%s over %s, %zu ranks: %zu modes, %d modes x calls tried, 0 violations\n", what,
                 before == 0 ? "nothing" : "an older checkpoint", world_size(), std::size(kModes), states);
   }
 };
 INSTANTIATE_TEST_SUITE_P(Ranks, SaveErrorSweepTest, testing::Values(1, 4),
                          [](const auto& c) { return "World" + std::to_string(c.param); });
 
-TEST_P(SaveErrorSweepTest, FreshSave) { sweep(0); }
-TEST_P(SaveErrorSweepTest, SaveOverAnOlderCheckpoint) { sweep(1); }
+constexpr auto kBlocking = [](const std::string& directory, int number, size_t world_size) {
+  return try_save(directory, number, world_size);
+};
+
+TEST_P(SaveErrorSweepTest, FreshSave) { sweep("save", 0, kBlocking); }
+TEST_P(SaveErrorSweepTest, SaveOverAnOlderCheckpoint) { sweep("save", 1, kBlocking); }
+TEST_P(SaveErrorSweepTest, FreshAsyncSave) { sweep("async save", 0, try_async_save); }
+TEST_P(SaveErrorSweepTest, AsyncSaveOverAnOlderCheckpoint) { sweep("async save", 1, try_async_save); }
 
 TEST_P(ErrorSweepTest, Load) {
   const Prepared prepared(1, world_size());

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "reshard/protocol/async_executor.h"
 #include "reshard/storage/verify.h"
 #include "storage/generations.h"
 #include "support/temporary_directory.h"
@@ -56,6 +57,29 @@ inline std::vector<RankOutcome> try_save(const std::string& directory, int numbe
     DefaultSavePlanner planner;
     FileSystemWriter writer(directory, options, files);
     run_save(transport, states[rank], planner, writer);
+  });
+}
+
+/// The same in the background. What was staged is overwritten at once.
+inline std::vector<RankOutcome> try_async_save(const std::string& directory, int number, size_t world_size) {
+  const std::vector<MemorySaveState> states = generation(number, world_size);
+  return run_job(world_size, [&](size_t rank, Transport& transport) {
+    MemorySaveState live = states[rank];
+    std::optional<MemorySaveState> staged;
+    AsyncSaveExecutor executor;
+    const AsyncSaveResponse response = executor.submit({.stage = [&] { staged = live; },
+                                                        .save = [&](const std::exception_ptr& failure) -> SaveResult {
+                                                          current_rank() = static_cast<int>(rank);
+                                                          FileSystemWriter writer(directory);
+                                                          if (failure) run_failed_save(transport, writer, failure);
+                                                          DefaultSavePlanner planner;
+                                                          return run_save(transport, *staged, planner, writer);
+                                                        }});
+    response.staging_completion.wait();
+    for (size_t entry = 0; entry < live.entries().size(); ++entry) {
+      for (std::byte& byte : live.memory().buffer(entry)) byte = ~byte;
+    }
+    response.upload_completion.get();
   });
 }
 

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "reshard/checkpoint/async_save.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/group_transport.h"
+#include "checkpoint/save_state.h"
+#include "checkpoint/staging.h"
+
+namespace reshard {
+
+struct DefaultStager::State {
+  explicit State(const StagingOptions& given) : options(given), executor(given.max_in_flight) {
+    for (size_t i = 0; i < std::max<size_t>(given.max_in_flight, 1); ++i)
+      buffers.push_back(std::make_unique<StagingBuffer>(totals));
+  }
+
+  const StagingOptions options;
+  StagingTotals totals;
+  std::vector<std::unique_ptr<StagingBuffer>> buffers;
+  uint64_t saves = 0;
+  AsyncSaveExecutor executor;  // its saves use what is above
+};
+
+DefaultStager::DefaultStager(const StagingOptions& options) : state_(std::make_unique<State>(options)) {}
+DefaultStager::~DefaultStager() = default;
+
+void DefaultStager::wait() { state_->executor.wait(); }
+
+StagingCounters DefaultStager::counters() const {
+  return {.saves = state_->saves,
+          .bytes_staged = state_->totals.bytes_staged,
+          .bytes_allocated = state_->totals.bytes_allocated,
+          .allocations = state_->totals.allocations};
+}
+
+namespace {
+
+DefaultStager& process_stager() {
+  static DefaultStager stager;  // waits at exit
+  return stager;
+}
+
+/// What a save needs until it ends.
+struct Save {
+  std::unique_ptr<Transport> transport;
+  std::shared_ptr<StorageWriter> writer;
+  std::shared_ptr<SavePlanner> planner;
+  ProgressFn progress;
+  std::optional<StagingSource> source;
+  std::exception_ptr source_failure;
+  StateDict staged;
+};
+
+}  // namespace
+
+AsyncSaveResponse async_save(const StateDict& state, std::shared_ptr<StorageWriter> writer,
+                             const AsyncSaveOptions& options) {
+  DefaultStager::State& stager = *(options.stager ? *options.stager : process_stager()).state_;
+  stager.executor.wait_for_room();
+  const auto save = std::make_shared<Save>();
+  save->transport = make_transport(options.process_group, options.silence_timeout);
+  save->writer = std::move(writer);
+  save->planner = options.planner;
+  if (!save->planner)
+    save->planner =
+        std::make_shared<DefaultSavePlanner>(DefaultSavePlannerOptions{.verify_replicas = options.verify_replicas});
+  save->progress = options.progress;
+  try {
+    save->source.emplace(state);
+  } catch (...) {
+    save->source_failure = std::current_exception();
+  }
+  // Free: the save that had it last has ended, since they end in order.
+  StagingBuffer& buffer = *stager.buffers[stager.saves++ % stager.buffers.size()];
+  return stager.executor.submit(
+      {.stage =
+           [save, &buffer] {
+             if (save->source_failure) std::rethrow_exception(save->source_failure);
+             save->staged = save->source->copy_to(buffer, [&] { save->transport->heartbeat(); });
+             save->source.reset();
+           },
+       .save = [save](const std::exception_ptr& failure) -> SaveResult {
+         if (failure) run_failed_save(*save->transport, *save->writer, failure);
+         const StateDictSaveState source(save->staged);
+         return run_save(*save->transport, source, *save->planner, *save->writer, save->progress);
+       }},
+      stager.options.use_async_staging);
+}
+
+AsyncSaveResponse async_save(const StateDict& state, FileSystemWriter writer, const AsyncSaveOptions& options) {
+  return async_save(state, std::make_shared<FileSystemWriter>(std::move(writer)), options);
+}
+
+}  // namespace reshard
