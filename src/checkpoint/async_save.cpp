@@ -52,7 +52,6 @@ struct Save {
   ProgressFn progress;
   std::optional<StagingSource> source;
   std::exception_ptr source_failure;
-  StateDict staged;
 };
 
 }  // namespace
@@ -76,19 +75,23 @@ AsyncSaveResponse async_save(const StateDict& state, std::shared_ptr<StorageWrit
   }
   // Free: the save that had it last has ended, since they end in order.
   StagingBuffer& buffer = *stager.buffers[stager.saves++ % stager.buffers.size()];
-  return stager.executor.submit(
-      {.stage =
-           [save, &buffer] {
-             if (save->source_failure) std::rethrow_exception(save->source_failure);
-             save->staged = save->source->copy_to(buffer, [&] { save->transport->heartbeat(); });
-             save->source.reset();
-           },
-       .save = [save](const std::exception_ptr& failure) -> SaveResult {
-         if (failure) run_failed_save(*save->transport, *save->writer, failure);
-         const StateDictSaveState source(save->staged);
-         return run_save(*save->transport, source, *save->planner, *save->writer, save->progress);
-       }},
-      stager.options.use_async_staging);
+  AsyncSaveExecutor::Job job;
+  job.stage = [save, &buffer] {
+    if (save->source_failure) std::rethrow_exception(save->source_failure);
+    save->source->copy_to(buffer, [&] { save->transport->heartbeat(); });
+  };
+  job.save = [save, &buffer](std::exception_ptr failure) {
+    StateDict staged;
+    try {
+      if (!failure) staged = save->source->take(buffer);
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    if (failure) run_failed_save(*save->transport, *save->writer, failure);
+    const StateDictSaveState source(staged);
+    return run_save(*save->transport, source, *save->planner, *save->writer, save->progress);
+  };
+  return stager.executor.submit(std::move(job), stager.options.use_async_staging);
 }
 
 AsyncSaveResponse async_save(const StateDict& state, FileSystemWriter writer, const AsyncSaveOptions& options) {

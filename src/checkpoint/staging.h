@@ -45,10 +45,12 @@ class StagingSource {
  public:
   /// To be made on the thread that computes the tensors.
   explicit StagingSource(const StateDict& state);
-  /// The state dict with copies in `buffer` in place of all tensors, on the host. Equal memory becomes equal memory. Any thread, once.
-  /// Returns when nothing is read any more, also by an exception. Calls `alive` from time to time. Tensors without dense
-  /// elements are left for the planner to refuse.
-  StateDict copy_to(StagingBuffer& buffer, const std::function<void()>& alive);
+  /// Copies all tensors to `buffer`; equal memory becomes equal memory. Any thread, once. Returns when nothing is read any more, also
+  /// by an exception. Calls `alive` from time to time.
+  void copy_to(StagingBuffer& buffer, const std::function<void()>& alive);
+  /// Then, once: the state dict with these copies in place of all tensors, on the host. Tensors without dense elements are
+  /// left for the planner to refuse.
+  StateDict take(const StagingBuffer& buffer);
 
  private:
   struct Source {

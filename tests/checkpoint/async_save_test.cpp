@@ -368,10 +368,10 @@ RESHARD_DEVICE_TEST(AsyncSaveDistributedTest, HoldsTheValuesOfTheMomentWhileTrai
 
 // A thousand saves while the main thread is in collectives of the same group. RESHARD_ASYNC_SAVES is another number.
 RESHARD_DISTRIBUTED_TEST(AsyncSaveDistributedTest, ManySavesAndCollectivesDoNotMeet, .ranks = 2,
-                         .deadline = std::chrono::seconds(120)) {
+                         .deadline = std::chrono::seconds(300)) {
   const auto world = process_group();
   const char* asked = std::getenv("RESHARD_ASYNC_SAVES");
-  const int saves = asked != nullptr ? std::atoi(asked) : 200;
+  const int saves = asked != nullptr ? std::atoi(asked) : 1000;
   const std::string directory = (temp_dir() / "checkpoint").string();
   const auto stager = std::make_shared<DefaultStager>(StagingOptions{.max_in_flight = 4});
   const at::Tensor value = at::zeros({64});

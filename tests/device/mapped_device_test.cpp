@@ -10,9 +10,12 @@
 #include <torch/csrc/api/include/torch/optim/adamw.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
+#include <atomic>
 #include <csignal>
+#include <future>
 
 #include "fsdp/test_model.h"
+#include "reshard/checkpoint/async_save.h"
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/fsdp/optimizer_state.h"
 #include "reshard/testing/torch_distributed_test.h"
@@ -151,6 +154,132 @@ TEST_F(MappedDeviceTest, SavesAndLoadsTensorsOfEveryShape) {
   EXPECT_TRUE(wide.select(3, 0).cpu().equal(at::zeros({4, 3, 2})));
 }
 
+// --- asynchronous saves ----------------------------------------------------------------------------------------------
+
+class MappedAsyncSaveTest : public MappedDeviceTest {
+ protected:
+  static void TearDownTestSuite() { set_test_point_handler(nullptr); }
+  void TearDown() override { set_test_point_handler(nullptr); }
+  /// Keeps what is written from being read before open().
+  void close() {
+    set_test_point_handler([until = opened_.get_future().share()](std::string_view name) {
+      if (name == "save.before_write") until.wait();
+    });
+  }
+  void open() { opened_.set_value(); }
+
+  const TemporaryDirectory directory_;
+
+ private:
+  std::promise<void> opened_;
+};
+
+TEST_F(MappedAsyncSaveTest, StagesOverAStreamOfItsOwnAfterTheCurrentOne) {
+  const c10::DeviceGuard guard(kDevice);
+  const c10::impl::VirtualGuardImpl impl(kMapped);
+  const c10::Stream training = impl.getNewStream(kDevice);
+  const c10::StreamGuard on_training(training);
+  for (const bool use_async_staging : {false, true}) {
+    const auto stager = std::make_shared<DefaultStager>(StagingOptions{.use_async_staging = use_async_staging});
+    at::Tensor t = at::zeros({1000}, at::TensorOptions(kDevice));
+    const at::Tensor on_cpu = at::full({10}, 4.f);
+    const at::Tensor next = at::full({1000}, 7.f).pin_memory();
+    t.copy_(next, /*non_blocking=*/true);  // still to come when the save is asked for
+    const uint64_t deferred = mapped_counters().deferred_copies;
+    const auto saved = async_save({{"t", t}, {"tied", t}, {"other", t.slice(0, 0, 500)}, {"cpu", on_cpu}},
+                                  FileSystemWriter(directory_.path()), {.stager = stager});
+    saved.staging_completion.wait();
+    EXPECT_EQ(mapped_counters().deferred_copies, deferred + 1) << "one copy, not blocking, of memory with three names";
+    EXPECT_EQ(mapped_counters().pending_copies, 0u);
+    EXPECT_EQ(stager->counters().bytes_staged, 4000u + 40u);
+    t.fill_(-1);
+    saved.upload_completion.get();
+    StateDict target{{"t", at::zeros({1000})}, {"other", at::zeros({500})}, {"cpu", at::zeros({10})}};
+    load(target, FileSystemReader(directory_.path()));
+    EXPECT_TRUE(target.at("t").as<at::Tensor>().equal(next));
+    EXPECT_TRUE(target.at("other").as<at::Tensor>().equal(next.slice(0, 0, 500)));
+    EXPECT_TRUE(target.at("cpu").as<at::Tensor>().equal(on_cpu));
+  }
+}
+
+TEST_F(MappedAsyncSaveTest, TensorsOfEveryShapeAreOverwrittenAndFreedBeforeTheyAreWritten) {
+  const at::Tensor base = at::arange(24, at::kDouble).view({2, 3, 4});
+  const auto make = [&](c10::Device device) {
+    const at::Tensor t = base.to(device, /*non_blocking=*/false, /*copy=*/true);
+    const at::Tensor other = base.to(c10::Device(kMapped, 0));
+    const at::Tensor complex = at::complex(base, base + 1).to(device);
+    return StateDict{{"dense", t},
+                     {"transposed", t.transpose(0, 2)},
+                     {"strided", t.slice(2, 0, 4, 2)},
+                     {"expanded", t.select(0, 0).select(0, 0).unsqueeze(0).expand({5, 4})},
+                     {"scalar", t.select(0, 1).select(0, 1).select(0, 1)},
+                     {"empty", at::empty({0, 3}, at::TensorOptions(device))},
+                     {"conjugated", complex.conj()},
+                     {"bool", t.gt(3)},
+                     {"another_device", device.is_cpu() ? base.clone() : other},
+                     {"sharded", ShardedTensor({2, 3, 4}, at::kDouble, {{whole_box({2, 3, 4}), t}})},
+                     {"step", 7},
+                     {"tuple", StateTuple{{StateValue(t.select(0, 0).clone()), StateValue("x")}}}};
+  };
+  const StateDict wanted = make(c10::kCPU);
+  const uint64_t before = mapped_counters().live_bytes;
+  const auto stager = std::make_shared<DefaultStager>();
+  close();
+  StateDict state = make(kDevice);
+  const auto saved = async_save(state, FileSystemWriter(directory_.path()), {.stager = stager});
+  for (auto& [key, value] : state.items()) {
+    if (key != "expanded" && value.is<at::Tensor>() && value.as<at::Tensor>().numel() > 0)
+      value.as<at::Tensor>().zero_();
+  }
+  state = StateDict();
+  open();
+  saved.upload_completion.get();
+  EXPECT_EQ(mapped_counters().live_bytes, before);
+
+  StateDict target;
+  for (const auto& [key, value] : wanted.items()) {
+    target[key] = value.is<at::Tensor>()
+                      ? StateValue(at::zeros_like(value.as<at::Tensor>(), at::MemoryFormat::Contiguous))
+                      : StateValue(None{});
+  }
+  target["sharded"] = at::zeros({2, 3, 4}, at::kDouble);
+  load(target, FileSystemReader(directory_.path()));
+  for (const auto& [key, value] : wanted.items()) {
+    if (!value.is<at::Tensor>()) continue;
+    EXPECT_TRUE(target.at(key).as<at::Tensor>().equal(value.as<at::Tensor>().resolve_conj())) << key;
+  }
+  EXPECT_TRUE(target.at("sharded").as<at::Tensor>().equal(base));
+  EXPECT_TRUE(target.at("tuple").as<StateTuple>().items[0].as<at::Tensor>().equal(base.select(0, 0)));
+}
+
+// Memory for the second save is that of the first, pinned.
+TEST_F(MappedAsyncSaveTest, PinnedMemoryIsTakenOnce) {
+  const auto stager = std::make_shared<DefaultStager>();
+  const auto save_it = [&](const at::Tensor& tensor) {
+    async_save({{"t", tensor}}, FileSystemWriter(directory_.path(), {.sync_files = false}), {.stager = stager})
+        .upload_completion.get();
+    return stager->counters().allocations;
+  };
+  EXPECT_EQ(save_it(at::ones({100})), 1u);
+  EXPECT_EQ(save_it(at::ones({100}).to(kDevice)), 2u) << "now it has to be pinned";
+  EXPECT_EQ(save_it(at::ones({100}).to(kDevice)), 2u);
+  EXPECT_EQ(save_it(at::ones({100})), 2u);
+}
+
+TEST_F(MappedAsyncSaveTest, AFailureBetweenTwoCopiesLeavesNoCopyUnderWay) {
+  const auto stager = std::make_shared<DefaultStager>();
+  std::atomic<int> copies = 0;
+  set_test_point_handler([&](std::string_view name) {
+    if (name == "stage.copy" && ++copies == 2) throw std::bad_alloc();
+  });
+  at::Tensor a = at::ones({100}).to(kDevice), b = at::ones({100}).to(kDevice);
+  const auto saved = async_save({{"a", a}, {"b", b}}, FileSystemWriter(directory_.path()), {.stager = stager});
+  EXPECT_EQ(mapped_counters().pending_copies, 0u);
+  a.reset();
+  b.reset();
+  EXPECT_THROW(saved.upload_completion.get(), CheckpointError);
+}
+
 // --- sharded training ------------------------------------------------------------------------------------------------
 
 class MappedDeviceFixture : public TorchDistributedTest {
@@ -270,6 +399,38 @@ RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, FullStateD
   const SummonFullParams a(model), b(other);
   for (const auto& item : model.module()->named_parameters())
     EXPECT_TRUE(item.value().cpu().equal(other.module()->named_parameters()[item.key()].cpu())) << item.key();
+}
+
+// Saves in the background while training goes on, with views of the live parameters and moments.
+RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, AsyncSavesHoldTheStepTheyWereMadeIn, .ranks = 2) {
+  const auto stager = std::make_shared<DefaultStager>(StagingOptions{.use_async_staging = true});
+  auto model = build(5, kDevice);
+  const auto optimizer = make_optimizer(model);
+  const auto state_of = [&](auto& of_model, auto& of_optimizer) {
+    return StateDict{{"model", of_model.state_dict(StateDictType::kSharded)},
+                     {"optim", optimizer_state_dict(of_optimizer, of_model)}};
+  };
+  const auto directory = [&](int64_t step) { return (temp_dir() / std::to_string(step)).string(); };
+  constexpr int64_t kSteps = 4;
+  std::vector<double> losses;
+  for (int64_t step = 0; step < kSteps; ++step) {
+    losses.push_back(train(model, *optimizer, kDevice, step));
+    async_save(state_of(model, *optimizer), FileSystemWriter(directory(step), {.sync_files = false}),
+               {.process_group = process_group(), .stager = stager})
+        .staging_completion.wait();
+  }
+  stager->wait();
+  EXPECT_LE(stager->counters().allocations, 1u);
+  process_group()->barrier();
+  for (int64_t step = 0; step + 1 < kSteps; ++step) {
+    auto other = build(6, kDevice);
+    const auto other_optimizer = make_optimizer(other);
+    StateDict target = state_of(other, *other_optimizer);
+    load(target, FileSystemReader(directory(step)), {.process_group = process_group()});
+    other.load_state_dict(target.at("model"));
+    load_optimizer_state_dict(*other_optimizer, other, target.at("optim"));
+    EXPECT_EQ(train(other, *other_optimizer, kDevice, step + 1), losses[static_cast<size_t>(step + 1)]) << step;
+  }
 }
 
 // Everything that was allocated is freed: no unit, shard, or buffer stays behind.
