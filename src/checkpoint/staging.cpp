@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 
 #include "reshard/core/hooks.h"
@@ -136,13 +138,15 @@ StagingSource::StagingSource(const StateDict& state) : state_(state) {
   });
 }
 
-/// Gives every source its place. Tensors of one storage that overlap or touch are one range; those with holes are gathered.
+/// Gives every source its place. Tensors of one storage that overlap or touch are one range; those with holes are gathered. The places
+/// follow from the state dict alone and not from where its memory happens to lie: equal ones need equal sizes.
 std::vector<StagingSource::Range> StagingSource::lay_out(uint64_t& size) {
   struct Extent {
     Source* source;
+    size_t storage;  // in the order in which storages are met
     uint64_t begin, end;
-    const void* storage() const { return source->tensor.storage().unsafeGetStorageImpl(); }
   };
+  std::unordered_map<const void*, size_t> storages;
   std::vector<Extent> extents;
   using Identity = std::tuple<const void*, at::ScalarType, bool, bool, std::vector<int64_t>, std::vector<int64_t>>;
   std::map<Identity, uint64_t> gathered;
@@ -154,7 +158,9 @@ std::vector<StagingSource::Range> StagingSource::lay_out(uint64_t& size) {
     source.dense = span <= tensor.numel() && !tensor.is_conj() && !tensor.is_neg();
     if (source.dense) {
       const auto begin = static_cast<uint64_t>(tensor.storage_offset()) * tensor.element_size();
-      extents.push_back({&source, begin, begin + static_cast<uint64_t>(span) * tensor.element_size()});
+      const size_t storage =
+          storages.try_emplace(tensor.storage().unsafeGetStorageImpl(), storages.size()).first->second;
+      extents.push_back({&source, storage, begin, begin + static_cast<uint64_t>(span) * tensor.element_size()});
       continue;
     }
     const auto [place, added] =
@@ -168,14 +174,14 @@ std::vector<StagingSource::Range> StagingSource::lay_out(uint64_t& size) {
   }
 
   std::ranges::stable_sort(extents, [](const Extent& a, const Extent& b) {
-    return std::tuple(a.storage(), a.begin) < std::tuple(b.storage(), b.begin);
+    return std::tuple(a.storage, a.begin) < std::tuple(b.storage, b.begin);
   });
-  const void* storage = nullptr;
+  std::optional<size_t> storage;
   for (const Extent& extent : extents) {
-    if (extent.storage() != storage || extent.begin > ranges.back().end) {
+    if (extent.storage != storage || extent.begin > ranges.back().end) {
       // Every element keeps its alignment.
       ranges.push_back({extent.source->tensor, extent.begin, extent.end, aligned_like(extent.begin, size)});
-      storage = extent.storage();
+      storage = extent.storage;
     }
     Range& range = ranges.back();
     range.end = std::max(range.end, extent.end);

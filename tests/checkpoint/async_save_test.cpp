@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -184,6 +185,27 @@ TEST(AsyncSaveTest, MemoryIsTakenOnceAndEveryElementIsCopiedOnce) {
   EXPECT_EQ(save_it(state).allocations, 1u);
   EXPECT_EQ(save_it({{"more", wide}}).allocations, 2u);
   EXPECT_EQ(save_it(state).allocations, 2u);
+}
+
+// Optimizers and gathers make tensors anew, wherever there is room for them.
+TEST(AsyncSaveTest, NothingIsTakenWhereOnlyAddressesChange) {
+  const TemporaryDirectory dir;
+  const auto stager = std::make_shared<DefaultStager>();
+  std::vector<at::Tensor> kept;
+  for (int save = 0; save < 4; ++save) {
+    constexpr int64_t kTensors = 40;
+    std::vector<at::Tensor> tensors(kTensors);
+    for (int64_t i = 0; i < kTensors; ++i) {
+      const int64_t at = (i * 7 + save * 11) % kTensors;  // made in another order each time
+      kept.push_back(at::ones({at + 3}));
+      tensors[static_cast<size_t>(at)] = kept.back().slice(0, at % 3);
+    }
+    StateDict state;
+    for (size_t i = 0; i < tensors.size(); ++i) state["t" + std::to_string(i)] = tensors[i];
+    async_save(state, FileSystemWriter(dir.path(), kNoSync), {.stager = stager});
+  }
+  stager->wait();
+  EXPECT_EQ(stager->counters().allocations, 1u);
 }
 
 TEST(AsyncSaveTest, SeveralInFlightHaveMemoryOfTheirOwn) {
@@ -467,6 +489,34 @@ RESHARD_DISTRIBUTED_TEST(AsyncSaveDistributedTest, ARankThatStopsWhileItStagesIs
   EXPECT_EQ(error.committed(), Committed::kNo);
   set_test_point_handler(nullptr);
   save_it(std::chrono::seconds(30)).upload_completion.get();
+}
+
+RESHARD_DISTRIBUTED_TEST(AsyncSaveDistributedTest, ARankThatDiesInTheBackgroundIsNamedWithinTheDeadline, .ranks = 3,
+                         .expected = {{1, killed_by(SIGKILL)}}) {
+  const auto world = process_group();
+  const std::string directory = (temp_dir() / "checkpoint").string();
+  const StateDict state{{"t", rows_of(6, rank() * 2, rank() * 2 + 2, 1, device())}};
+  const auto stager = std::make_shared<DefaultStager>();
+  constexpr milliseconds kSilence{1000};
+  const auto save_it = [&] {
+    return async_save(state, FileSystemWriter(directory, kNoSync), {.silence_timeout = kSilence, .stager = stager});
+  };
+  const SaveResult first = save_it().upload_completion.get();
+  world->barrier();
+  if (rank() == 1) {
+    set_test_point_handler([](std::string_view name) {
+      if (name == "save.before_vote") raise(SIGKILL);
+    });
+  }
+  const auto start = std::chrono::steady_clock::now();
+  const CheckpointError error = error_of([&] { save_it().upload_completion.get(); });
+  EXPECT_LT(std::chrono::steady_clock::now() - start, kSilence + milliseconds(2500));
+  ASSERT_EQ(error.failures().size(), 1u) << error.what();
+  EXPECT_EQ(error.failures().begin()->first, 1);
+  if (rank() == 0) {
+    EXPECT_EQ(error.committed(), Committed::kNo);
+    EXPECT_EQ(FileSystemReader(directory).read_metadata().storage_meta->save_id, first.save_id);
+  }
 }
 
 RESHARD_DISTRIBUTED_TEST(AsyncSaveDistributedTest, ARankThatStagesForLongIsNotSilent, .ranks = 2) {

@@ -420,7 +420,7 @@ RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, AsyncSaves
         .staging_completion.wait();
   }
   stager->wait();
-  EXPECT_LE(stager->counters().allocations, 1u);
+  EXPECT_EQ(stager->counters().allocations, 1u);
   process_group()->barrier();
   for (int64_t step = 0; step + 1 < kSteps; ++step) {
     auto other = build(6, kDevice);
