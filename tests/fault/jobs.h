@@ -60,27 +60,34 @@ inline std::vector<RankOutcome> try_save(const std::string& directory, int numbe
   });
 }
 
-/// The same in the background. What was staged is overwritten at once.
+/// Saves one rank's `live` in the background, and overwrites it as soon as it is staged.
+inline void run_async_save(Transport& transport, MemorySaveState live, const std::string& directory) {
+  const int rank = current_rank();
+  std::optional<MemorySaveState> staged;
+  AsyncSaveExecutor executor;
+  AsyncSaveExecutor::Job job;
+  job.stage = [&] {
+    staged = live;
+    test_point("stage.copied");
+  };
+  job.save = [&](const std::exception_ptr& failure) {
+    current_rank() = rank;
+    FileSystemWriter writer(directory);
+    if (failure) run_failed_save(transport, writer, failure);
+    DefaultSavePlanner planner;
+    return run_save(transport, *staged, planner, writer);
+  };
+  const AsyncSaveResponse response = executor.submit(std::move(job));
+  response.staging_completion.wait();
+  for (size_t entry = 0; entry < live.entries().size(); ++entry) {
+    for (std::byte& byte : live.memory().buffer(entry)) byte = ~byte;
+  }
+  response.upload_completion.get();
+}
 inline std::vector<RankOutcome> try_async_save(const std::string& directory, int number, size_t world_size) {
   const std::vector<MemorySaveState> states = generation(number, world_size);
-  return run_job(world_size, [&](size_t rank, Transport& transport) {
-    MemorySaveState live = states[rank];
-    std::optional<MemorySaveState> staged;
-    AsyncSaveExecutor executor;
-    const AsyncSaveResponse response = executor.submit({.stage = [&] { staged = live; },
-                                                        .save = [&](const std::exception_ptr& failure) -> SaveResult {
-                                                          current_rank() = static_cast<int>(rank);
-                                                          FileSystemWriter writer(directory);
-                                                          if (failure) run_failed_save(transport, writer, failure);
-                                                          DefaultSavePlanner planner;
-                                                          return run_save(transport, *staged, planner, writer);
-                                                        }});
-    response.staging_completion.wait();
-    for (size_t entry = 0; entry < live.entries().size(); ++entry) {
-      for (std::byte& byte : live.memory().buffer(entry)) byte = ~byte;
-    }
-    response.upload_completion.get();
-  });
+  return run_job(world_size,
+                 [&](size_t rank, Transport& transport) { run_async_save(transport, states[rank], directory); });
 }
 
 /// Each rank loads all of it.

@@ -100,7 +100,7 @@ std::string run_killed(size_t world_size, size_t victim, int nth, Victims victim
 class KillSweepTest : public testing::TestWithParam<size_t> {
  protected:
   /// Saves generation 2 over `before`, killed at every moment of every rank. Returns the number of states.
-  int sweep(int before, Victims victims, const FileSystemWriterOptions& options) {
+  int sweep(int before, Victims victims, const FileSystemWriterOptions& options, bool async = false) {
     const size_t world_size = GetParam();
     const Prepared prepared(before, world_size);
     std::vector<MemorySaveState> states = generation(2, world_size);
@@ -114,6 +114,7 @@ class KillSweepTest : public testing::TestWithParam<size_t> {
         const std::string where = run_killed(
             world_size, victim, nth, victims,
             [&](int rank, Transport& transport) {
+              if (async) return run_async_save(transport, states[static_cast<size_t>(rank)], directory_);
               DefaultSavePlanner planner;
               FileSystemWriter writer(directory_, options);
               run_save(transport, states[static_cast<size_t>(rank)], planner, writer);
@@ -174,6 +175,15 @@ TEST_P(KillSweepTest, OldOrNewWheneverOneRankIsKilled) {
     if (HasFailure()) return;
   }
   std::printf("killed: one of %zu ranks, %d states, checkpoints lost 0\n", GetParam(), states);
+}
+
+TEST_P(KillSweepTest, OldOrNewWheneverOneRankIsKilledInAnAsyncSave) {
+  int states = 0;
+  for (const int before : {0, 1}) {
+    states += sweep(before, Victims::kOneRank, {}, /*async=*/true);
+    if (HasFailure()) return;
+  }
+  std::printf("killed: one of %zu ranks in an async save, %d states, checkpoints lost 0\n", GetParam(), states);
 }
 
 TEST_P(KillSweepTest, OldOrNewWheneverAllRanksAreKilled) {

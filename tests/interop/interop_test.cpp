@@ -21,6 +21,7 @@
 #include <nlohmann/json.hpp>
 
 #include "fsdp/whole_state.h"
+#include "reshard/checkpoint/async_save.h"
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/format/sha256.h"
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
@@ -223,9 +224,14 @@ class Interop : public TorchDistributedTest {
                           {"optim", trained.at("optim")}};
     const std::string directory = (temp_dir() / "checkpoint").string();
     save(state, FileSystemWriter(directory));
+    const std::string async_directory = (temp_dir() / "async").string();
+    const AsyncSaveResponse saved = async_save(state, FileSystemWriter(async_directory));
+    network.step();  // the values go on, the copies do not
+    saved.upload_completion.get();
     if (rank() == 0) {
       const std::string expected = (temp_dir() / "expected.json").string();
       std::ofstream(expected) << json{{"tensors", wanted}, {"lr", rates}}.dump();
+      expect_python_succeeds("judge.py whole '" + async_directory + "' --digest '" + expected + "'");
       expect_python_succeeds("judge.py whole '" + directory + "' --digest '" + expected + "'");
       expect_python_succeeds("judge.py values '" + directory + "'");
       expect_python_succeeds("judge.py peer '" + directory + "' --digest '" + expected + "' --ranks 4");
