@@ -231,7 +231,7 @@ class Interop : public TorchDistributedTest {
     if (rank() == 0) {
       const std::string expected = (temp_dir() / "expected.json").string();
       std::ofstream(expected) << json{{"tensors", wanted}, {"lr", rates}}.dump();
-      expect_python_succeeds("judge.py whole '" + async_directory + "' --digest '" + expected + "'");
+      if (n == 2) expect_python_succeeds("judge.py whole '" + async_directory + "' --digest '" + expected + "'");
       expect_python_succeeds("judge.py whole '" + directory + "' --digest '" + expected + "'");
       expect_python_succeeds("judge.py values '" + directory + "'");
       expect_python_succeeds("judge.py peer '" + directory + "' --digest '" + expected + "' --ranks 4");
