@@ -35,6 +35,7 @@
 #include <thread>
 #include <vector>
 
+#include "reshard/checkpoint/async_save.h"
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/format/crc32.h"
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
@@ -170,6 +171,7 @@ class Worker {
       for_each_element([&](float& value, float wanted) { wrong += value != wanted; });
       return {{"wrong", wrong}};
     }
+    if (what == "async_save") return save_in_background(command);
     if (what == "train") return train(command);
     if (what == "probe") return {{"seconds", probe(command.at("probe"), command.at("dir"))}};
     throw std::invalid_argument("unknown command " + what);
@@ -208,6 +210,21 @@ class Worker {
       result["data_bytes_read"] = reader.counters().bytes_read;
     }
     result["collectives"] = group_->traffic().collectives - collectives;
+    return result;
+  }
+
+  /// How long the caller is blocked, and how long the rest takes.
+  Json save_in_background(const Json& command) {
+    const std::string directory = command.at("dir");
+    group_->barrier();
+    const reshard::StagingCounters before = stager_->counters();
+    const Meter meter;
+    const auto saved = reshard::async_save(state_, reshard::FileSystemWriter(directory), {.stager = stager_});
+    Json result = meter.stop();
+    const double begin = now();
+    saved.upload_completion.get();
+    result["background"] = now() - begin;
+    result["staged_bytes_allocated"] = stager_->counters().bytes_allocated - before.bytes_allocated;
     return result;
   }
 
@@ -295,15 +312,15 @@ class Worker {
     group_->barrier();
     const double begin = now();
     if (name == "memcpy" || name == "memcpy fresh") {
+      const bool fresh_pages = name == "memcpy fresh";
+      if (!fresh_pages && copies_.empty()) {  // as large as the state: less would stay in the cache
+        for (const at::Tensor& from : tensors_) copies_.push_back(from.clone());
+        return probe(name, directory);
+      }
       for (size_t t = 0; t < tensors_.size(); ++t) {
         const at::Tensor& from = tensors_[t];
-        if (name == "memcpy") {
-          if (!copy_.defined() || copy_.nbytes() != from.nbytes()) {
-            copy_ = at::empty_like(from);
-            std::memset(copy_.mutable_data_ptr(), 1, copy_.nbytes());
-            return probe(name, directory);
-          }
-          std::memcpy(copy_.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+        if (!fresh_pages) {
+          std::memcpy(copies_[t].mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
           continue;
         }
         void* fresh = ::mmap(nullptr, from.nbytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -355,7 +372,8 @@ class Worker {
   reshard::Box box_;
   std::vector<at::Tensor> tensors_;
   reshard::StateDict state_;
-  at::Tensor copy_;
+  std::vector<at::Tensor> copies_;
+  std::shared_ptr<reshard::DefaultStager> stager_ = std::make_shared<reshard::DefaultStager>();
 };
 
 }  // namespace
