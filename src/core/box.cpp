@@ -32,6 +32,15 @@ std::optional<TilingError> check_corners(const Dims& shape, std::span<const Box>
   // Corners that cancel leave the map at once, and neighbours cancel: in storage order it stays small.
   const auto before = [&](size_t a, size_t b) { return chunks[a].offsets < chunks[b].offsets; };
   if (!std::is_sorted(full.begin(), full.end(), before)) std::sort(full.begin(), full.end(), before);
+  if (cut.size() == 1) {  // slices, the usual case: each must begin where the one before ends
+    int64_t end = 0;
+    const auto follows = [&](size_t i) {
+      const bool ok = chunks[i].offsets[cut[0]] == end;
+      end = end_of(chunks[i], cut[0]);
+      return ok;
+    };
+    if (std::all_of(full.begin(), full.end(), follows) && end == shape[cut[0]]) return std::nullopt;
+  }
   std::unordered_map<Dims, int64_t, DimsHash> corners;
   const auto add_corners = [&](const Box& box, int64_t sign) {
     Dims corner(cut.size(), 0);

@@ -404,22 +404,26 @@ class Encoder {
     str("storage_data");
     begin_dict();
     for (const auto& [index, info] : metadata.storage_data) {
-      begin_object(kCatalogue, "MetadataIndex");
-      str("fqn");
-      str(index.fqn);
-      str("index");
+      fixed(index_begin_, [&] {
+        begin_object(kCatalogue, "MetadataIndex");
+        str("fqn");
+      });
+      const Offsets* offsets = name(index.fqn).offsets;
+      fixed(index_hint_, [&] { str("index"); });
       index.index ? integer(*index.index) : op(Op::kNone);
       if (index.offset) {
-        str("offset");
-        item_offset(index);
+        fixed(index_offset_, [&] { str("offset"); });
+        item_offset(index, offsets);
       }
-      end_object();
-      begin_object(kFileSystem, "_StorageInfo");
-      str("relative_path");
-      str(info.relative_path);
-      str("offset");
+      fixed(info_begin_, [&] {
+        end_object();
+        begin_object(kFileSystem, "_StorageInfo");
+        str("relative_path");
+      });
+      name(info.relative_path);
+      fixed(info_offset_, [&] { str("offset"); });
       position(info.offset);
-      str("length");
+      fixed(info_length_, [&] { str("length"); });
       position(info.length);
       if (!info.transform_descriptors.empty()) {
         str("transform_descriptors");
@@ -534,6 +538,16 @@ class Encoder {
     integer(static_cast<int64_t>(v));
   }
 
+  // What `write` writes, which is the same each time, made once: from the second time on it only refers to what is there.
+  template <class Write>
+  void fixed(Bytes& known, Write&& write) {
+    if (!known.empty()) return out_.bytes(known);
+    const uint32_t memo = memo_;
+    const size_t begin = out_.size();
+    write();
+    if (memo_ == memo) known.assign(out_.buffer().begin() + static_cast<ptrdiff_t>(begin), out_.buffer().end());
+  }
+
   // `name` is a literal; no two classes used here share it.
   void global(std::string_view module, std::string_view name) {
     const auto [it, is_new] = globals_.try_emplace(name, 0);
@@ -563,7 +577,7 @@ class Encoder {
   }
 
   void size(const Dims& dims) {
-    global("torch", "Size");
+    fixed(size_begin_, [&] { global("torch", "Size"); });
     if (dims.empty()) {
       op(Op::kEmptyTuple);
     } else {
@@ -624,12 +638,14 @@ class Encoder {
     const ChunkStorageMetadata* before = nullptr;
     uint32_t sizes = 0;  // where the sizes of `before` are
     for (const ChunkStorageMetadata& chunk : tensor.chunks) {
-      begin_object(kCatalogue, "ChunkStorageMetadata");
-      str("offsets");
+      fixed(chunk_begin_, [&] {
+        begin_object(kCatalogue, "ChunkStorageMetadata");
+        str("offsets");
+      });
       size(chunk.offsets);
       offsets.memo.push_back(memo_);
       memoize();
-      str("sizes");
+      fixed(chunk_sizes_, [&] { str("sizes"); });
       if (before != nullptr && before->sizes == chunk.sizes) {
         recall(sizes);
       } else {
@@ -643,21 +659,39 @@ class Encoder {
     op(Op::kAppends);
     end_object();
   }
-  // The offsets of an item are those of its chunk, which the index hints at.
-  void item_offset(const MetadataIndex& index) {
-    if (const auto it = offsets_.find(index.fqn); it != offsets_.end() && index.index) {
-      const auto hint = static_cast<size_t>(*index.index);
-      const Offsets& offsets = it->second;
-      if (hint < offsets.chunks.size() && offsets.chunks[hint].offsets == *index.offset)
-        return recall(offsets.memo[hint]);
-    }
-    size(*index.offset);
-  }
-
   struct Offsets {
     std::span<const ChunkStorageMetadata> chunks;
     std::vector<uint32_t> memo;  // of each chunk's offsets
   };
+  // What is known of the name of an item or file, which many items share.
+  struct Name {
+    std::optional<uint32_t> memo;  // unless it is too long to be referred to
+    const Offsets* offsets = nullptr;
+  };
+
+  // As str(), faster from the second time on.
+  const Name& name(const SharedString& text) {
+    const size_t count = names_.size();
+    Name& known = names_[text];
+    if (names_.size() == count && known.memo) {
+      recall(*known.memo);
+      return known;
+    }
+    str(text.str());
+    if (const auto it = strings_.find(text.str()); it != strings_.end()) known.memo = it->second;
+    if (const auto it = offsets_.find(text.str()); it != offsets_.end()) known.offsets = &it->second;
+    return known;
+  }
+  // The offsets of an item are those of its chunk, which the index hints at.
+  void item_offset(const MetadataIndex& index, const Offsets* offsets) {
+    if (offsets != nullptr && index.index) {
+      const auto hint = static_cast<size_t>(*index.index);
+      if (hint < offsets->chunks.size() && offsets->chunks[hint].offsets == *index.offset)
+        return recall(offsets->memo[hint]);
+    }
+    size(*index.offset);
+  }
+
   ByteWriter out_;
   uint32_t memo_ = 0;
   std::unordered_map<std::string_view, uint32_t> strings_;
@@ -665,6 +699,9 @@ class Encoder {
   std::unordered_map<std::string_view, uint32_t> layouts_;
   std::unordered_map<int64_t, uint32_t> memory_formats_;
   std::unordered_map<std::string_view, Offsets> offsets_;
+  OrderedMap<SharedString, Name> names_;
+  Bytes index_begin_, index_hint_, index_offset_, info_begin_, info_offset_, info_length_, size_begin_, chunk_begin_,
+      chunk_sizes_;
 };
 
 }  // namespace

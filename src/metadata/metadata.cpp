@@ -44,8 +44,13 @@ void validate_storage(const MetadataIndex& index, const StorageInfo& storage) {
 
 }  // namespace
 
+const SharedString& strided_layout() {
+  static const SharedString layout("torch.strided");
+  return layout;
+}
+
 std::string to_string(const MetadataIndex& index) {
-  return index.offset ? index.fqn + " " + to_string(*index.offset) : index.fqn;
+  return index.offset ? index.fqn + " " + to_string(*index.offset) : index.fqn.str();
 }
 
 std::string path_to_fqn(const ObjectPath& path) {

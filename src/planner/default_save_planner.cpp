@@ -161,14 +161,14 @@ class ItemGroups {
   };
 
   uint32_t key_of(const WriteItem& item, uint32_t rank) {
-    // Chunks of a tensor come in a row.
-    if (last_key_ == kNone || keys_[last_key_].item->index.fqn != item.index.fqn) {
-      const auto [it, added] = key_ids_.try_emplace(item.index.fqn, static_cast<uint32_t>(keys_.size()));
-      if (added) keys_.push_back({rank, &item});
-      last_key_ = it->second;
+    const auto known = static_cast<uint32_t>(keys_.size());
+    uint32_t& id = key_ids_[item.index.fqn];
+    if (key_ids_.size() != known) {
+      id = known;
+      keys_.push_back({rank, &item});
     }
-    check_same_key(*keys_[last_key_].item, keys_[last_key_].rank, item, rank);
-    return last_key_;
+    check_same_key(*keys_[id].item, keys_[id].rank, item, rank);
+    return id;
   }
 
   void add(uint32_t rank, uint32_t item_index) {
@@ -218,8 +218,7 @@ class ItemGroups {
   std::vector<Group> groups_;
   std::vector<uint32_t> table_;  // of groups
   std::vector<Key> keys_;
-  std::unordered_map<std::string_view, uint32_t> key_ids_;
-  uint32_t last_key_ = kNone;
+  OrderedMap<SharedString, uint32_t> key_ids_;
 };
 
 // Which copies stay.
@@ -265,27 +264,43 @@ std::vector<bool> choose_copies(const ItemGroups& groups, size_t world_size, Ded
 }
 
 Metadata build_metadata(std::vector<SavePlan>& plans) {
+  struct Key {
+    const WriteItem* first;
+    size_t items = 0;
+  };
+  OrderedMap<SharedString, Key> keys;
+  for (const SavePlan& plan : plans) {
+    for (const WriteItem& item : plan.items) {
+      Key& key = keys[item.index.fqn];
+      if (key.items++ == 0) key.first = &item;
+    }
+  }
   Metadata metadata;
   metadata.version = kMetadataVersion;
-  auto& paths = metadata.planner_data.emplace();
   auto& entries = metadata.state_dict_metadata;
+  entries.reserve(keys.size());
+  for (const auto& [fqn, key] : keys) {
+    if (is_bytes(*key.first)) {
+      entries.insert(fqn, BytesStorageMetadata{});
+    } else {
+      TensorStorageMetadata tensor{key.first->properties, key.first->size, {}};
+      tensor.chunks.reserve(key.items);
+      entries.insert(fqn, std::move(tensor));
+    }
+  }
+  auto& paths = metadata.planner_data.emplace();
+  const SharedPaths* merged = nullptr;
   for (SavePlan& plan : plans) {
     for (WriteItem& item : plan.items) {
-      StorageMetadata* entry = entries.find(item.index.fqn);
-      if (entry == nullptr) {
-        if (is_bytes(item)) {
-          entries.insert(item.index.fqn, BytesStorageMetadata{});
-        } else {
-          entries.insert(item.index.fqn, TensorStorageMetadata{item.properties, item.size, {}});
-        }
-        entry = entries.find(item.index.fqn);
-      }
-      if (auto* tensor = std::get_if<TensorStorageMetadata>(entry)) {
+      auto& entry = entries.begin()[static_cast<ptrdiff_t>(*keys.position(item.index.fqn))].second;
+      if (auto* tensor = std::get_if<TensorStorageMetadata>(&entry)) {
         item.index.index = static_cast<int64_t>(tensor->chunks.size());
         tensor->chunks.push_back(item.chunk);
       }
     }
-    for (const auto& [fqn, path] : plan.planner_data) {
+    if (merged != nullptr && merged->is_same(plan.planner_data)) continue;
+    merged = &plan.planner_data;
+    for (const auto& [fqn, path] : *plan.planner_data) {
       if (!paths.contains(fqn)) paths.insert(fqn, path);
     }
   }
@@ -318,27 +333,28 @@ SavePlan DefaultSavePlanner::create_local_plan() {
   const std::vector<StateEntry>& entries = state().entries();
   SavePlan plan;
   plan.items.reserve(entries.size());
-  plan.planner_data.reserve(entries.size());
+  SharedPaths::Map paths;
+  paths.reserve(entries.size());
   places_.clear();
   places_.reserve(entries.size());
   std::vector<size_t> first_items(entries.size());
 
   const auto add = [&](WriteItem item, Place where) {
-    const auto [it, added] = places_.try_emplace(item.index, where);
-    if (!added) {
+    if (!places_.insert(item.index, where)) {
       const auto* tensor = std::get_if<TensorEntry>(&entries[where.entry].value);
       throw Error(ErrorCode::kInvalidArgument, "two chunks of a tensor start at the same offsets",
                   {.key = item.index.fqn,
-                   .found = to_string(tensor->chunks[it->second.chunk]) + " and " + to_string(item.chunk)});
+                   .found = to_string(tensor->chunks[place(item.index).chunk]) + " and " + to_string(item.chunk)});
     }
     plan.items.push_back(std::move(item));
   };
 
   for (size_t e = 0; e < entries.size(); ++e) {
-    const auto& [fqn, path, value] = entries[e];
+    const auto& [name, path, value] = entries[e];
+    const SharedString fqn(name);
     first_items[e] = plan.items.size();
     if (!is_utf8(fqn)) throw Error(ErrorCode::kInvalidArgument, "the name of a value is no UTF-8", {.key = fqn});
-    if (!plan.planner_data.insert(fqn, path)) {
+    if (!paths.insert(fqn, path)) {
       throw Error(ErrorCode::kInvalidArgument, "two values of the state dict have the same flattened name",
                   {.key = fqn});
     }
@@ -351,7 +367,7 @@ SavePlan DefaultSavePlanner::create_local_plan() {
       continue;
     }
     const auto& tensor = std::get<TensorEntry>(value);
-    const auto add_chunk = [&, &fqn = fqn](const Box& chunk, size_t c) {
+    const auto add_chunk = [&](const Box& chunk, size_t c) {
       WriteItem item;
       item.index = {fqn, chunk.offsets, {}};
       item.type = tensor.sharded ? WriteItemType::kShard : WriteItemType::kTensor;
@@ -384,6 +400,7 @@ SavePlan DefaultSavePlanner::create_local_plan() {
       if (volume(tensor.chunks[c].sizes) != 0) add_chunk(tensor.chunks[c], c);
     }
   }
+  plan.planner_data = SharedPaths(std::move(paths));
   return plan;
 }
 
@@ -420,11 +437,11 @@ SavePlan DefaultSavePlanner::finish_plan(SavePlan plan) {
 }
 
 const DefaultSavePlanner::Place& DefaultSavePlanner::place(const MetadataIndex& index) const {
-  const auto it = places_.find(index);
-  if (it == places_.end()) {
+  const Place* found = places_.find(index);
+  if (found == nullptr) {
     throw Error(ErrorCode::kInternal, "asked for an item that this rank did not propose", {.key = to_string(index)});
   }
-  return it->second;
+  return *found;
 }
 
 TensorView DefaultSavePlanner::resolve_tensor(const WriteItem& item) const {

@@ -14,7 +14,6 @@ namespace {
 
 constexpr uint8_t kSavePlanMark = 0xA1;
 constexpr uint8_t kCatalogueMark = 0xA2;
-constexpr const char* kUsualLayout = "torch.strided";
 
 #define RESHARD_COUNT_DTYPE(id, name, bytes) +1
 constexpr uint8_t kDTypes = 0 RESHARD_FOR_EACH_DTYPE(RESHARD_COUNT_DTYPE);
@@ -35,6 +34,7 @@ class Encoder {
   }
 
   ByteWriter& out() { return out_; }
+  void reserve(size_t bytes) { out_.buffer().reserve(bytes); }
   /// Every text that the decoder copies more often than it is sent is counted.
   void count_copy(size_t text_bytes) { copied_text_ += text_bytes; }
 
@@ -67,9 +67,9 @@ class Encoder {
   void properties(const TensorProperties& p, const std::string& fqn) {
     out_.u8(static_cast<uint8_t>(p.dtype));
     out_.u8(static_cast<uint8_t>((p.requires_grad ? kRequiresGrad : 0) | (p.pin_memory ? kPinMemory : 0) |
-                                 (p.layout != kUsualLayout ? kOtherLayout : 0) |
+                                 (p.layout != strided_layout() ? kOtherLayout : 0) |
                                  (p.memory_format != 0 ? kOtherMemoryFormat : 0)));
-    if (p.layout != kUsualLayout) out_.string(p.layout);
+    if (p.layout != strided_layout()) out_.string(p.layout);
     if (p.memory_format != 0) number(p.memory_format, "memory format", fqn);
   }
   void path(const std::string& fqn, const ObjectPath& path) {
@@ -89,18 +89,14 @@ class Encoder {
   }
   void storage(const StorageInfo& info) {
     // Files are few: each is written where it appears first.
-    if (last_file_ == nullptr || *last_file_ != info.relative_path) {
-      const auto [it, added] = files_.try_emplace(info.relative_path, files_.size());
-      last_file_ = &it->first;
-      last_file_id_ = it->second;
-      if (added) {
-        out_.varint(0);
-        out_.string(info.relative_path);
-      } else {
-        out_.varint(last_file_id_ + 1);
-      }
+    const size_t known = files_.size();
+    size_t& id = files_[info.relative_path];
+    if (files_.size() != known) {
+      id = known;
+      out_.varint(0);
+      out_.string(info.relative_path);
     } else {
-      out_.varint(last_file_id_ + 1);
+      out_.varint(id + 1);
     }
     count_copy(info.relative_path.size());
     out_.varint(info.offset);
@@ -125,9 +121,7 @@ class Encoder {
 
   ByteWriter out_;
   uint64_t copied_text_ = 0;
-  std::unordered_map<std::string, uint64_t> files_;
-  const std::string* last_file_ = nullptr;
-  uint64_t last_file_id_ = 0;
+  OrderedMap<SharedString, size_t> files_;
 };
 
 class Decoder {
@@ -219,7 +213,7 @@ class Decoder {
     StorageInfo info;
     const uint64_t file = in_.varint();
     if (file == 0) {
-      files_.push_back(in_.string());
+      files_.emplace_back(in_.string());
     } else if (file > files_.size()) {
       fail("names a file that it does not list");
     }
@@ -236,7 +230,7 @@ class Decoder {
   ByteReader in_;
   const char* what_;
   uint64_t text_budget_ = 0;
-  std::vector<std::string> files_;
+  std::vector<SharedString> files_;
 };
 
 // Flags of an item.
@@ -246,7 +240,7 @@ constexpr uint8_t kTied = 4;
 
 // What the items of one key share. Written once, where the key appears first.
 struct ItemHead {
-  std::string fqn;
+  SharedString fqn;
   bool is_bytes = false;
   Dims size;
   TensorProperties properties;
@@ -254,9 +248,9 @@ struct ItemHead {
 
 bool is_bytes(const WriteItem& item) { return item.type == WriteItemType::kByteIo; }
 
-bool has_head(const WriteItem& item, const ItemHead& head) {
-  return item.index.fqn == head.fqn && is_bytes(item) == head.is_bytes &&
-         (head.is_bytes || (item.size == head.size && item.properties == head.properties));
+bool have_one_head(const WriteItem& a, const WriteItem& b) {
+  return a.index.fqn == b.index.fqn && is_bytes(a) == is_bytes(b) &&
+         (is_bytes(a) || (a.size == b.size && a.properties == b.properties));
 }
 
 void check_item(const WriteItem& item) {
@@ -282,23 +276,26 @@ Bytes encode_save_plan(const SavePlan& plan) {
   }
   Encoder encoder(kSavePlanMark);
   ByteWriter& out = encoder.out();
-  std::vector<ItemHead> heads;
-  std::unordered_map<std::string_view, size_t> head_ids;  // by name: the latest head
+  encoder.reserve(64 * plan.items.size());
+  std::vector<const WriteItem*> heads;            // the first item of each
+  OrderedMap<SharedString, size_t> latest_heads;  // by name
+  heads.reserve(plan.items.size());
+  latest_heads.reserve(plan.items.size());
   size_t head = 0;
 
   out.varint(plan.items.size());
   for (const WriteItem& item : plan.items) {
     check_item(item);
     const std::string& fqn = item.index.fqn;
-    if (heads.empty() || !has_head(item, heads[head])) {
-      const auto known = head_ids.find(fqn);
-      if (known != head_ids.end() && has_head(item, heads[known->second])) {
-        head = known->second;
+    if (heads.empty() || !have_one_head(item, *heads[head])) {
+      const size_t names = latest_heads.size();
+      size_t& latest = latest_heads[item.index.fqn];
+      if (latest_heads.size() == names && have_one_head(item, *heads[latest])) {
+        head = latest;
         out.varint(head + 1);
       } else {
-        head = heads.size();
-        heads.push_back({fqn, is_bytes(item), item.size, item.properties});
-        head_ids[fqn] = head;
+        head = latest = heads.size();
+        heads.push_back(&item);
         out.varint(0);
         out.string(fqn);
         out.u8(is_bytes(item));
@@ -324,11 +321,14 @@ Bytes encode_save_plan(const SavePlan& plan) {
   }
   out.u8(!plan.storage.empty());
   for (const StorageInfo& info : plan.storage) encoder.storage(info);
-  out.varint(plan.planner_data.size());
-  for (const auto& [fqn, path] : plan.planner_data) {
-    const auto known = head_ids.find(fqn);
-    if (known != head_ids.end()) {
-      out.varint(known->second + 1);
+  out.varint(plan.planner_data->size());
+  size_t next = 0;  // paths usually come in the order of the heads
+  for (const auto& [fqn, path] : *plan.planner_data) {
+    const bool is_next = next < heads.size() && heads[next]->index.fqn == fqn;
+    const size_t* known = is_next ? &next : latest_heads.find(fqn);
+    if (known != nullptr) {
+      out.varint(*known + 1);
+      next = *known + 1;
     } else {
       out.varint(0);
       out.string(fqn);
@@ -339,7 +339,9 @@ Bytes encode_save_plan(const SavePlan& plan) {
   return encoder.take();
 }
 
-SavePlan decode_save_plan(ByteSpan bytes) {
+SavePlan decode_save_plan(ByteSpan bytes) { return SavePlanDecoder().decode(bytes); }
+
+SavePlan SavePlanDecoder::decode(ByteSpan bytes) {
   Decoder decoder(bytes, kSavePlanMark, "save plan");
   ByteReader& in = decoder.in();
   SavePlan plan;
@@ -357,7 +359,7 @@ SavePlan decode_save_plan(ByteSpan bytes) {
     size_t id = read_head_id();
     if (id == 0) {
       ItemHead head;
-      head.fqn = in.string();
+      head.fqn = names_.get(in.text());
       head.is_bytes = decoder.flag();
       if (!head.is_bytes) {
         head.size = decoder.dims();
@@ -393,28 +395,38 @@ SavePlan decode_save_plan(ByteSpan bytes) {
     plan.storage.reserve(n);
     for (size_t i = 0; i < n; ++i) plan.storage.push_back(decoder.storage());
   }
-  const size_t paths = in.count(2);
-  plan.planner_data.reserve(paths);
-  for (size_t i = 0; i < paths; ++i) {
+  // What follows means the same wherever the keys of the plan have the same names.
+  std::string meaning(as_text(in.rest()));
+  for (const ItemHead& head : heads) {
+    const std::string* name = &head.fqn.str();
+    meaning.append(reinterpret_cast<const char*>(&name), sizeof(name));
+  }
+  if (const auto known = paths_.find(meaning); known != paths_.end()) {
+    plan.planner_data = known->second;
+    return plan;
+  }
+  const size_t count = in.count(2);
+  SharedPaths::Map paths;
+  paths.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
     const size_t id = read_head_id();
-    std::string fqn = id == 0 ? in.string() : heads[id - 1].fqn;
+    SharedString fqn = id == 0 ? names_.get(in.text()) : heads[id - 1].fqn;
     decoder.count_copy(fqn.size());
     ObjectPath path = decoder.path(fqn);
-    if (!plan.planner_data.insert(std::move(fqn), std::move(path))) decoder.fail("holds two paths for one key");
+    if (!paths.insert(std::move(fqn), std::move(path))) decoder.fail("holds two paths for one key");
   }
   decoder.finish();
+  plan.planner_data = SharedPaths(std::move(paths));
+  paths_.emplace(std::move(meaning), plan.planner_data);
   return plan;
 }
 
 Bytes encode_catalogue(const Metadata& metadata) {
   Encoder encoder(kCatalogueMark);
   ByteWriter& out = encoder.out();
-  std::unordered_map<std::string_view, size_t> entry_ids;
-  entry_ids.reserve(metadata.state_dict_metadata.size());
-
+  encoder.reserve(32 * metadata.storage_data.size());
   out.varint(metadata.state_dict_metadata.size());
   for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
-    entry_ids.try_emplace(fqn, entry_ids.size());
     out.string(fqn);
     const auto* tensor = std::get_if<TensorStorageMetadata>(&entry);
     out.u8(tensor == nullptr);
@@ -433,14 +445,15 @@ Bytes encode_catalogue(const Metadata& metadata) {
   }
 
   const auto put_key = [&](const std::string& fqn) {
-    const auto known = entry_ids.find(fqn);
-    if (known != entry_ids.end()) {
-      out.varint(known->second + 1);
+    const auto known = metadata.state_dict_metadata.position(fqn);
+    if (known) {
+      out.varint(*known + 1);
     } else {
       out.varint(0);
       out.string(fqn);
     }
     encoder.count_copy(fqn.size());
+    return known;
   };
   out.u8(metadata.planner_data.has_value());
   if (metadata.planner_data) {
@@ -454,13 +467,13 @@ Bytes encode_catalogue(const Metadata& metadata) {
 
   out.varint(metadata.storage_data.size());
   for (const auto& [index, info] : metadata.storage_data) {
-    put_key(index.fqn);
+    const auto key = put_key(index.fqn);
     encoder.hint(index.index, index.fqn);
     // Most items lie where the chunk that they hint at lies.
     const Dims* hinted = nullptr;
-    if (index.index) {
-      const StorageMetadata* entry = metadata.state_dict_metadata.find(index.fqn);
-      const auto* tensor = entry == nullptr ? nullptr : std::get_if<TensorStorageMetadata>(entry);
+    if (index.index && key) {
+      const auto* tensor = std::get_if<TensorStorageMetadata>(
+          &metadata.state_dict_metadata.begin()[static_cast<ptrdiff_t>(*key)].second);
       if (tensor != nullptr && static_cast<uint64_t>(*index.index) < tensor->chunks.size()) {
         hinted = &tensor->chunks[static_cast<size_t>(*index.index)].offsets;
       }
@@ -505,7 +518,7 @@ Metadata decode_catalogue(ByteSpan bytes) {
 
   const size_t n = in.count(2);
   entries.reserve(n);
-  std::vector<const std::string*> names;
+  std::vector<SharedString> names;
   for (size_t i = 0; i < n; ++i) {
     std::string fqn = in.string();
     StorageMetadata entry = BytesStorageMetadata{};
@@ -525,12 +538,12 @@ Metadata decode_catalogue(ByteSpan bytes) {
     if (!entries.insert(std::move(fqn), std::move(entry))) decoder.fail("holds a key twice");
   }
   names.reserve(n);
-  for (const auto& [fqn, entry] : entries) names.push_back(&fqn);
+  for (const auto& [fqn, entry] : entries) names.emplace_back(fqn);
 
   const auto get_key = [&] {
     const uint64_t id = in.varint();
     if (id > names.size()) decoder.fail("names a key that it does not list");
-    std::string fqn = id == 0 ? in.string() : *names[id - 1];
+    SharedString fqn = id == 0 ? SharedString(in.text()) : names[id - 1];
     decoder.count_copy(fqn.size());
     return fqn;
   };
@@ -539,9 +552,8 @@ Metadata decode_catalogue(ByteSpan bytes) {
     auto& planner_data = metadata.planner_data.emplace();
     planner_data.reserve(paths);
     for (size_t i = 0; i < paths; ++i) {
-      std::string fqn = get_key();
-      ObjectPath path = decoder.path(fqn);
-      if (!planner_data.insert(std::move(fqn), std::move(path))) decoder.fail("holds two paths for one key");
+      const SharedString fqn = get_key();
+      if (!planner_data.insert(fqn, decoder.path(fqn))) decoder.fail("holds two paths for one key");
     }
   }
 

@@ -11,6 +11,7 @@
 #include <set>
 #include <utility>
 
+#include "protocol/save_plan_cache.h"
 #include "reshard/format/sha256.h"
 #include "reshard/format/sidecar.h"
 #include "reshard/planner/plan_wire.h"
@@ -301,17 +302,10 @@ std::string random_uuid() {
 
 /// What a vote says: which plan a rank carried out, and which receipts it holds.
 struct Vote {
-  static constexpr size_t kDigestBytes = 16;
-  using Digest = std::array<std::byte, kDigestBytes>;
-  Digest plan{};
-  Digest receipts{};
+  ShortDigest plan{};
+  ShortDigest receipts{};
   std::optional<SidecarDigest> sidecar;
 
-  static Digest shorten(const Sha256Digest& digest) {
-    Digest result;
-    std::copy_n(digest.begin(), kDigestBytes, result.begin());
-    return result;
-  }
   Bytes encode() const {
     ByteWriter out;
     out.bytes(plan);
@@ -323,8 +317,8 @@ struct Vote {
   static Vote decode(ByteSpan payload) {
     ByteReader in(payload, "vote");
     Vote vote;
-    std::ranges::copy(in.bytes(kDigestBytes), vote.plan.begin());
-    std::ranges::copy(in.bytes(kDigestBytes), vote.receipts.begin());
+    std::ranges::copy(in.bytes(sizeof(ShortDigest)), vote.plan.begin());
+    std::ranges::copy(in.bytes(sizeof(ShortDigest)), vote.receipts.begin());
     if (in.u8() != 0) std::ranges::copy(in.bytes(sizeof(SidecarDigest)), vote.sidecar.emplace().begin());
     if (!in.at_end()) throw Error(ErrorCode::kCorruptData, "vote has bytes after its end");
     return vote;
@@ -363,91 +357,295 @@ void name_sidecars(CoordinatedSave& save) {
   }
 }
 
-/// A plan of one rank in a message: the save's id, then the plan.
-Bytes encode_part(const std::string& save_id, const SavePlan& plan) {
+using Kept = SavePlanCache::Kept;
+
+/// An answer with a plan: the save's id, whether to keep the plan and the shared sets then, the plan.
+Bytes encode_part(const std::string& save_id, const SavePlan& plan, const std::vector<SharedSet>* shared) {
   ByteWriter out;
+  out.u8(static_cast<uint8_t>(PlanMessage::kPlan));
   out.string(save_id);
+  out.u8(shared != nullptr);
+  if (shared != nullptr) encode_shared_sets(*shared, out);
   out.bytes(encode_save_plan(plan));
   return out.take();
 }
 
-/// Plans for all ranks; keeps what is needed to judge the votes and to commit. Returns what each rank is told, and its
-/// own plan in `own`.
-std::vector<Bytes> plan_globally(std::vector<SavePlan> local_plans, SavePlanner& planner, StorageWriter& writer,
-                                 Transport& transport, CoordinatedSave& save, SavePlan& own) {
-  const size_t world_size = local_plans.size();
-  GlobalSavePlan global = planner.create_global_plan(std::move(local_plans));
-  transport.heartbeat();
-  test_point("save.planned_globally");
-  save.result.save_id = random_uuid();
-  writer.begin_save(save.result.save_id);
-  std::vector<SavePlan> plans = writer.prepare_global_plan(std::move(global.plans));
-  transport.heartbeat();
-  if (plans.size() != world_size) {
-    throw Error(ErrorCode::kInternal, "planner or storage writer lost plans",
-                {.wanted = std::to_string(world_size), .found = std::to_string(plans.size())});
-  }
+/// An answer to a rank that has the plan but for the names of its files.
+Bytes encode_new_names(const std::string& save_id, const std::vector<SharedString>& names) {
+  ByteWriter out;
+  out.u8(static_cast<uint8_t>(PlanMessage::kNewNames));
+  out.string(save_id);
+  out.varint(names.size());
+  for (const SharedString& name : names) out.string(name);
+  return out.take();
+}
 
-  save.metadata = std::move(global.metadata);
+/// Binds the answer with the new names to the one that the plan came with.
+ShortDigest digest_of_reused(const ShortDigest& first_answer, ByteSpan answer) {
+  return shorten(Sha256().update(first_answer).update(answer).finish());
+}
+
+/// What the coordinator has from the ranks before it plans.
+struct LocalPlans {
+  explicit LocalPlans(size_t world_size) : plans(world_size), structures(world_size), offers(world_size) {}
+
+  std::vector<SavePlan> plans;
+  std::vector<std::optional<ShortDigest>> structures;  // of the plans that their ranks will keep
+  std::vector<PlanOffer> offers;
+  size_t offered = 0;       // ranks that sent an offer and no plan
+  bool only_plans = false;  // offers are no answer any more
+  SavePlanDecoder decoder;
+
+  void take(int rank, ByteSpan payload) {
+    const auto r = static_cast<size_t>(rank);
+    ByteReader in(payload, "plan of a rank");
+    const uint8_t kind = in.u8();
+    switch (static_cast<PlanMessage>(kind)) {
+      case PlanMessage::kOffer:
+        if (only_plans) throw Error(ErrorCode::kCorruptData, "a rank does not send the plan that it was asked for");
+        offers[r] = PlanOffer::decode(in);
+        ++offered;
+        return;
+      case PlanMessage::kPlanToKeep:
+        std::ranges::copy(in.bytes(sizeof(ShortDigest)), structures[r].emplace().begin());
+        [[fallthrough]];
+      case PlanMessage::kPlan:
+        plans[r] = decoder.decode(in.rest());
+        return;
+      default:
+        throw Error(ErrorCode::kCorruptData, "unknown kind of plan", {.found = std::to_string(kind)});
+    }
+  }
+};
+
+/// Keeps what is needed to judge the vote of rank `r` and to commit what it writes.
+void expect_part(size_t r, const SavePlan& plan, const ShortDigest& plan_digest, CoordinatedSave& save) {
+  ReceiptsDigest receipts;
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    receipts.add(plan.items[i].index, plan.storage[i]);
+    if (!save.metadata.storage_data.insert(plan.items[i].index, plan.storage[i])) {
+      throw Error(ErrorCode::kInternal, "an item is written twice", {.key = to_string(plan.items[i].index)});
+    }
+    const auto tied_to = plan.items[i].tied_to;
+    if (!tied_to || plan.storage[i] != plan.storage[*tied_to]) save.result.bytes_written += plan.storage[i].length;
+  }
+  save.result.items += plan.items.size();
+  save.expected[r] = {plan_digest, shorten(receipts.finish()), std::nullopt};
+}
+
+/// The catalogue of the save, as yet without storage_data.
+void begin_catalogue(Metadata metadata, const std::vector<SavePlan>& plans, const StorageWriter& writer,
+                     CoordinatedSave& save) {
+  save.metadata = std::move(metadata);
   save.metadata.storage_meta = StorageMeta{
       .checkpoint_id = writer.checkpoint_id(), .save_id = save.result.save_id, .load_id = std::nullopt, .modules = {}};
   save.metadata.version = kMetadataVersion;
   size_t items = 0;
   for (const SavePlan& plan : plans) items += plan.items.size();
   save.metadata.storage_data.reserve(items);
+  save.expected.resize(plans.size());
+  save.sidecars.resize(plans.size());
+}
 
+/// Places all items under a new save id.
+std::vector<SavePlan> place(std::vector<SavePlan> plans, StorageWriter& writer, CoordinatedSave& save) {
+  const size_t world_size = plans.size();
+  save.result = {.save_id = random_uuid()};
+  writer.begin_save(save.result.save_id);
+  plans = writer.prepare_global_plan(std::move(plans));
+  if (plans.size() != world_size) {
+    throw Error(ErrorCode::kInternal, "planner or storage writer lost plans",
+                {.wanted = std::to_string(world_size), .found = std::to_string(plans.size())});
+  }
+  for (size_t r = 0; r < world_size; ++r) {
+    if (plans[r].storage.size() == plans[r].items.size()) continue;
+    throw Error(ErrorCode::kInternal, "storage writer did not place every item", {.rank = static_cast<int>(r)});
+  }
+  return plans;
+}
+
+/// Plans for all ranks; keeps what is needed to judge the votes and to commit, and in `kept`, unless it is null, what the
+/// next save can use. Returns what each rank is told, and its own plan in `own`.
+std::vector<Bytes> plan_globally(LocalPlans local, SavePlanner& planner, StorageWriter& writer, Transport& transport,
+                                 CoordinatedSave& save, SavePlan& own, std::unique_ptr<Kept>& kept) {
+  const size_t world_size = local.plans.size();
+  std::vector<std::vector<SharedSet>> shared;
+  if (kept != nullptr) shared = find_shared_sets(local.plans);
+  GlobalSavePlan global = planner.create_global_plan(std::move(local.plans));
+  transport.heartbeat();
+  test_point("save.planned_globally");
+  std::vector<SavePlan> plans = place(std::move(global.plans), writer, save);
+  transport.heartbeat();
+  if (kept != nullptr) {
+    kept->planned_in = save.result.save_id;
+    kept->metadata = global.metadata;
+    kept->ranks.resize(world_size);
+  }
+  begin_catalogue(std::move(global.metadata), plans, writer, save);
   std::vector<Bytes> answers(world_size);
-  save.expected.resize(world_size);
-  save.sidecars.resize(world_size);
   for (size_t r = 0; r < world_size; ++r) {
     SavePlan& plan = plans[r];
-    if (plan.storage.size() != plan.items.size()) {
-      throw Error(ErrorCode::kInternal, "storage writer did not place every item", {.rank = static_cast<int>(r)});
-    }
     plan.planner_data = {};  // is in the catalogue; no rank needs it to write
-    answers[r] = encode_part(save.result.save_id, plan);
-    ReceiptsDigest receipts;
-    for (size_t i = 0; i < plan.items.size(); ++i) {
-      receipts.add(plan.items[i].index, plan.storage[i]);
-      if (!save.metadata.storage_data.insert(plan.items[i].index, plan.storage[i])) {
-        throw Error(ErrorCode::kInternal, "an item is written twice", {.key = to_string(plan.items[i].index)});
-      }
-      const auto tied_to = plan.items[i].tied_to;
-      if (!tied_to || plan.storage[i] != plan.storage[*tied_to]) save.result.bytes_written += plan.storage[i].length;
+    answers[r] = encode_part(save.result.save_id, plan, kept != nullptr ? &shared[r] : nullptr);
+    const ShortDigest digest = shorten(Sha256::of(answers[r]));
+    expect_part(r, plan, digest, save);
+    if (kept != nullptr) {
+      Kept::Rank& rank = kept->ranks[r];
+      rank = {*local.structures[r], digest, {}};
+      for (const SharedSet& set : shared[r]) rank.sets.push_back(set.id);
+      if (r == 0) own = plan;
+    } else {
+      if (r == 0) own = std::move(plan);
+      plan = {};
     }
-    save.result.items += plan.items.size();
-    save.expected[r] = {Vote::shorten(Sha256::of(answers[r])), Vote::shorten(receipts.finish()), std::nullopt};
-    if (r == 0) own = std::move(plan);
-    plan = {};
     transport.heartbeat();
+  }
+  if (kept != nullptr) {
+    kept->structure = kept->ranks[0].structure;
+    kept->shared = std::move(shared[0]);
+    kept->plans = std::move(plans);
   }
   test_point("save.placed");
   return answers;
 }
 
+/// Plans a save like the last one. Nothing if the storage now places items elsewhere.
+std::optional<std::vector<Bytes>> plan_again(Kept& kept, StorageWriter& writer, Transport& transport,
+                                             CoordinatedSave& save, SavePlan& own) {
+  const size_t world_size = kept.plans.size();
+  std::vector<std::vector<StorageInfo>> before(world_size);
+  for (size_t r = 0; r < world_size; ++r) before[r] = std::move(kept.plans[r].storage);
+  kept.plans = place(std::move(kept.plans), writer, save);
+  transport.heartbeat();
+  begin_catalogue(kept.metadata, kept.plans, writer, save);
+  std::vector<Bytes> answers(world_size);
+  for (size_t r = 0; r < world_size; ++r) {
+    const SavePlan& plan = kept.plans[r];
+    const std::vector<SharedString> names = files_of(plan.storage);
+    if (files_of(before[r]).size() != names.size()) return std::nullopt;
+    rename_files(before[r], names);
+    if (before[r] != plan.storage) return std::nullopt;
+    before[r] = {};
+    answers[r] = encode_new_names(save.result.save_id, names);
+    expect_part(r, plan, digest_of_reused(kept.ranks[r].answer, answers[r]), save);
+    transport.heartbeat();
+  }
+  own = kept.plans[0];
+  test_point("save.placed");
+  return answers;
+}
+
+/// What a rank has from the coordinator before it writes.
+struct Assignment {
+  std::string save_id;
+  SavePlan plan;
+  ShortDigest digest{};  // of all that it was told, for the vote
+  bool is_new = true;    // not made of what was kept
+
+  /// `kept` is brought up to date; null after an answer that is not to be kept.
+  static Assignment decode(ByteSpan answer, size_t local_items, std::unique_ptr<Kept>& kept) {
+    Assignment result;
+    ByteReader in(answer, "plan of the coordinator");
+    const auto kind = static_cast<PlanMessage>(in.u8());
+    if (kind != PlanMessage::kPlan && !(kind == PlanMessage::kNewNames && kept != nullptr)) {
+      throw Error(ErrorCode::kCorruptData, "the coordinator's answer is no plan");
+    }
+    result.save_id = in.string();
+    if (kind == PlanMessage::kNewNames) {
+      std::vector<SharedString> names(in.count());
+      for (SharedString& name : names) name = in.text();
+      if (!in.at_end()) throw Error(ErrorCode::kCorruptData, "the coordinator's answer has bytes after its end");
+      rename_files(kept->part.storage, names);
+      result.plan = kept->part;
+      result.digest = digest_of_reused(kept->answer, answer);
+      result.is_new = false;
+      return result;
+    }
+    const bool keep = in.u8() != 0;
+    std::vector<SharedSet> shared;
+    if (keep) shared = decode_shared_sets(in, local_items);
+    result.plan = decode_save_plan(in.rest());
+    result.digest = shorten(Sha256::of(answer));
+    if (!keep) kept = nullptr;
+    if (kept != nullptr) {
+      kept->planned_in = result.save_id;
+      kept->answer = result.digest;
+      kept->part = result.plan;
+      kept->shared = std::move(shared);
+    }
+    return result;
+  }
+};
+
 SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePlanner& planner, StorageWriter& writer,
-                const ProgressFn& progress) {
+                const ProgressFn& progress, SavePlanCache* cache) {
   CoordinatedSave coordinated;
   Committed committed = Committed::kNo;
   SavePlan plan;
+  LocalPlans local(star.is_coordinator() ? star.world_size() : 0);
+  std::unique_ptr<Kept> kept = SavePlanCacheAccess::take(cache);  // a save that fails leaves nothing
+  ShortDigest structure{};
+  bool offers = false;
 
-  std::vector<SavePlan> local_plans(star.is_coordinator() ? star.world_size() : 0);
+  const auto whole_plan = [&] {
+    if (star.is_coordinator()) return Bytes();
+    ByteWriter out;
+    out.u8(static_cast<uint8_t>(cache != nullptr ? PlanMessage::kPlanToKeep : PlanMessage::kPlan));
+    if (cache != nullptr) out.bytes(structure);
+    out.bytes(encode_save_plan(plan));
+    return out.take();
+  };
   auto part = star.attempt(Step::kPlan, [&] {
     planner.set_up_planner(state, star.is_coordinator());
     plan = planner.create_local_plan();
+    const Bytes without_contents = cache != nullptr ? encode_save_plan(plan) : Bytes();
     if (star.world_size() > 1) planner.add_content_digests(plan);
+    if (cache != nullptr) structure = structure_of(without_contents, plan);
     test_point("save.planned");
-    return star.is_coordinator() ? Bytes() : encode_save_plan(plan);
+    offers = kept != nullptr && kept->structure == structure;
+    if (!offers) return whole_plan();
+    const PlanOffer offer = PlanOffer::of(*kept, plan);
+    if (star.is_coordinator()) {
+      local.offers[0] = offer;
+      ++local.offered;
+    }
+    ByteWriter out;
+    out.u8(static_cast<uint8_t>(PlanMessage::kOffer));
+    offer.encode(out);
+    return out.take();
   });
-  const Bytes answer = star.finish(
-      Step::kPlan, std::move(part),
-      {.take = [&](int rank, ByteSpan payload) { local_plans[static_cast<size_t>(rank)] = decode_save_plan(payload); },
-       .decide =
-           [&] {
-             local_plans[0] = std::move(plan);
-             return plan_globally(std::move(local_plans), planner, writer, transport, coordinated, plan);
-           },
-       .decide_name = "plan"});
+
+  // One round, or two if only some ranks have what the others have kept.
+  bool plans_are_wanted = false;
+  bool is_hit = false;
+  const auto decide = [&]() -> std::vector<Bytes> {
+    if (local.offered == star.world_size() && is_as_kept(*kept, local.offers)) {
+      auto answers = plan_again(*kept, writer, transport, coordinated, plan);
+      is_hit = answers.has_value();
+      if (is_hit) return std::move(*answers);
+    }
+    const bool others_sent_plans = local.offered == (offers ? size_t{1} : size_t{0});
+    if (!others_sent_plans) {
+      local.offered = 0;
+      local.only_plans = plans_are_wanted = true;
+      return {{static_cast<std::byte>(PlanMessage::kSendPlan)}};
+    }
+    local.plans[0] = std::move(plan);
+    if (cache != nullptr) local.structures[0] = structure;
+    const bool all_keep = std::ranges::all_of(local.structures, [](const auto& known) { return known.has_value(); });
+    kept = all_keep ? std::make_unique<Kept>() : nullptr;
+    return plan_globally(std::move(local), planner, writer, transport, coordinated, plan, kept);
+  };
+  const Star::Coordination planning = {
+      .take = [&](int rank, ByteSpan payload) { local.take(rank, payload); }, .decide = decide, .decide_name = "plan"};
+  Bytes answer = star.finish(Step::kPlan, std::move(part), planning);
+  if (!star.is_coordinator()) {
+    plans_are_wanted = offers && !answer.empty() && answer[0] == static_cast<std::byte>(PlanMessage::kSendPlan);
+  }
+  if (std::exchange(plans_are_wanted, false)) {
+    offers = false;
+    answer = star.finish(Step::kPlan, star.attempt(Step::kPlan, whole_plan), planning);
+  }
 
   StorageContext context{.save_id = coordinated.result.save_id,
                          .rank = star.rank(),
@@ -461,10 +659,17 @@ SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePl
     if (star.is_coordinator()) {
       vote.plan = coordinated.expected[0].plan;
     } else {
-      ByteReader in(answer, "plan of the coordinator");
-      context.save_id = in.string();
-      plan = decode_save_plan(in.bytes(in.remaining()));
-      vote.plan = Vote::shorten(Sha256::of(answer));
+      if (cache == nullptr) {
+        kept = nullptr;
+      } else if (kept == nullptr) {
+        kept = std::make_unique<Kept>();
+      }
+      Assignment assignment = Assignment::decode(answer, plan.items.size(), kept);
+      if (kept != nullptr) kept->structure = structure;
+      context.save_id = std::move(assignment.save_id);
+      plan = std::move(assignment.plan);
+      vote.plan = assignment.digest;
+      is_hit = !assignment.is_new;
     }
     plan = planner.finish_plan(std::move(plan));
     test_point("save.before_write");
@@ -472,7 +677,7 @@ SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePl
     test_point("save.written");
     ReceiptsDigest receipts;
     for (const WriteResult& result : results) receipts.add(result.index, result.storage);
-    vote.receipts = Vote::shorten(receipts.finish());
+    vote.receipts = shorten(receipts.finish());
     vote.sidecar = writer.sidecar_digest();
     if (star.is_coordinator()) take_vote(vote, 0, coordinated);
     test_point("save.before_vote");
@@ -496,6 +701,7 @@ SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePl
                    .decide_name = "commit"},
                   true, committed);
   star.check_all_answered(Step::kTransfer, committed);
+  if (cache != nullptr) SavePlanCacheAccess::keep(*cache, std::move(kept), is_hit);
   if (star.is_coordinator()) return coordinated.result;
   ByteReader in(outcome, "outcome of the save");
   SaveResult result{.save_id = context.save_id};
@@ -554,10 +760,10 @@ LoadReport load(Star& star, Transport& transport, LoadState& state, LoadPlanner&
 }  // namespace
 
 SaveResult run_save(Transport& transport, const SaveState& state, SavePlanner& planner, StorageWriter& writer,
-                    const ProgressFn& progress) {
+                    const ProgressFn& progress, SavePlanCache* cache) {
   Star star(transport, Operation::kSave);
   try {
-    return save(star, transport, state, planner, writer, progress);
+    return save(star, transport, state, planner, writer, progress, cache);
   } catch (const CheckpointError& error) {
     if (error.committed() == Committed::kNo) writer.abandon();
     throw;

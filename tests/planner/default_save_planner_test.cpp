@@ -71,7 +71,7 @@ TEST(DefaultSavePlannerTest, LocalPlanProposesEverythingOnEveryRank) {
     EXPECT_EQ(shard.type, WriteItemType::kShard);
     EXPECT_EQ(shard.size, Dims{32});
     EXPECT_EQ(shard.chunk, (Box{{8}, {8}}));
-    EXPECT_EQ(plan.planner_data.size(), 3u);
+    EXPECT_EQ(plan.planner_data->size(), 3u);
   }
 }
 
@@ -212,8 +212,8 @@ TEST(DefaultSavePlannerTest, PathsOfAllRanksAreMergedAndTheLowerRankWins) {
   SavePlan a = plan_of({bytes_entry("x.y", 1)});
   SavePlan b = plan_of({bytes_entry("q", 1), bytes_entry("x.y", 1)});
   b.planner_data = {};
-  b.planner_data.insert("q", ObjectPath{"q"});
-  b.planner_data.insert("x.y", ObjectPath{"x.y"});
+  b.planner_data.edit().insert("q", ObjectPath{"q"});
+  b.planner_data.edit().insert("x.y", ObjectPath{"x.y"});
   const GlobalSavePlan global = globally({a, b});
   ASSERT_TRUE(global.metadata.planner_data.has_value());
   EXPECT_EQ(*global.metadata.planner_data->find("x.y"), (ObjectPath{"x", "y"}));

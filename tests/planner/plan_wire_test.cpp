@@ -59,7 +59,7 @@ SavePlan random_plan(Random& random) {
   SavePlan plan;
   for (int64_t keys = random_between(random, 0, 5); keys > 0; --keys) {
     const std::string fqn = random_name(random);
-    plan.planner_data.insert(fqn, random_path(random, fqn));
+    plan.planner_data.edit().insert(fqn, random_path(random, fqn));
     if (random_between(random, 0, 3) == 0) {
       WriteItem item;
       item.index.fqn = fqn;

@@ -290,8 +290,8 @@ TEST(ProtocolFaultTest, NothingIsCommittedWithoutAllReceipts) {
       [](Results& results) { results.clear(); },
       [](Results& results) { ++results[0].storage.offset; },
       [](Results& results) { --results[0].storage.length; },
-      [](Results& results) { results[0].storage.relative_path += "x"; },
-      [](Results& results) { results[0].index.fqn += "x"; },
+      [](Results& results) { results[0].storage.relative_path = results[0].storage.relative_path + "x"; },
+      [](Results& results) { results[0].index.fqn = results[0].index.fqn + "x"; },
       [](Results& results) { results[0].index.offset = Dims{5}; },
       [](Results& results) { std::swap(results[0], results[1]); },
   };

@@ -24,7 +24,7 @@ inline std::string_view as_text(ByteSpan bytes) { return {reinterpret_cast<const
 /// Appends little-endian values to a buffer.
 class ByteWriter {
  public:
-  void u8(uint8_t v) { raw(&v, 1); }
+  void u8(uint8_t v) { out_.push_back(static_cast<std::byte>(v)); }
   void u16(uint16_t v) { raw(&v, 2); }
   void u32(uint32_t v) { raw(&v, 4); }
   void u64(uint64_t v) { raw(&v, 8); }
@@ -67,6 +67,8 @@ class ByteReader {
   uint64_t u64() { return value<uint64_t>(); }
   int64_t i64() { return value<int64_t>(); }
   uint64_t varint() {
+    if (position_ < data_.size() && data_[position_] < std::byte{0x80})
+      return static_cast<uint64_t>(data_[position_++]);
     uint64_t v = 0;
     for (int shift = 0; shift < 64; shift += 7) {
       const uint8_t b = u8();
@@ -89,10 +91,14 @@ class ByteReader {
     return b;
   }
   ByteSpan blob() { return bytes(count()); }
+  /// Valid as long as the span.
+  std::string_view text() { return as_text(blob()); }
   std::string string() { return std::string(as_text(blob())); }
   size_t position() const { return position_; }
   size_t remaining() const { return data_.size() - position_; }
   bool at_end() const { return remaining() == 0; }
+  /// What is still to be read.
+  ByteSpan rest() const { return data_.subspan(position_); }
 
  private:
   template <class T>

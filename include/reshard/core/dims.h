@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// Dims: the sizes, offsets or strides of an N-dimensional tensor, held inline up to four dimensions, because plans hold
-// millions of them.
+// Dims: the sizes, offsets or strides of an N-dimensional tensor, held inline up to two dimensions (those of
+// nearly all large tensors), because plans and catalogues hold tens of millions of them.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
-#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -22,31 +22,44 @@ class Dims {
  public:
   using value_type = int64_t;
 
-  Dims() = default;
+  Dims() noexcept : inline_{} {}
   Dims(std::initializer_list<int64_t> values) : Dims(std::span<const int64_t>(values.begin(), values.size())) {}
-  explicit Dims(std::span<const int64_t> values) {
+  explicit Dims(std::span<const int64_t> values) : Dims() {
     resize(values.size());
-    for (size_t i = 0; i < values.size(); ++i) data()[i] = values[i];
+    std::copy(values.begin(), values.end(), begin());
   }
-  explicit Dims(size_t rank, int64_t value) {
+  explicit Dims(size_t rank, int64_t value) : Dims() {
     resize(rank);
-    for (auto& v : *this) v = value;
+    std::fill(begin(), end(), value);
   }
-  Dims(const Dims& other) : Dims(other.span()) {}
-  Dims(Dims&& other) noexcept { swap(other); }
+  Dims(const Dims& other) : size_(other.size_), inline_{other.inline_[0], other.inline_[1]} {
+    if (is_on_heap()) {
+      heap_ = new int64_t[size_];
+      std::copy(other.begin(), other.end(), heap_);
+    }
+  }
+  Dims(Dims&& other) noexcept : size_(std::exchange(other.size_, 0)), inline_{other.inline_[0], other.inline_[1]} {}
   Dims& operator=(const Dims& other) {
-    if (this != &other) Dims(other).swap(*this);
+    if (!is_on_heap() && !other.is_on_heap()) {
+      size_ = other.size_;
+      std::copy_n(other.inline_, kInline, inline_);
+    } else if (this != &other) {
+      Dims(other).swap(*this);
+    }
     return *this;
   }
   Dims& operator=(Dims&& other) noexcept {
     swap(other);
     return *this;
   }
+  ~Dims() {
+    if (is_on_heap()) delete[] heap_;
+  }
 
   size_t size() const noexcept { return size_; }
   bool empty() const noexcept { return size_ == 0; }
-  int64_t* data() noexcept { return heap_ ? heap_.get() : inline_; }
-  const int64_t* data() const noexcept { return heap_ ? heap_.get() : inline_; }
+  int64_t* data() noexcept { return is_on_heap() ? heap_ : inline_; }
+  const int64_t* data() const noexcept { return is_on_heap() ? heap_ : inline_; }
   int64_t* begin() noexcept { return data(); }
   int64_t* end() noexcept { return data() + size_; }
   const int64_t* begin() const noexcept { return data(); }
@@ -56,18 +69,14 @@ class Dims {
   std::span<const int64_t> span() const noexcept { return {data(), size_}; }
   void push_back(int64_t value) {
     Dims grown;
-    grown.resize(size_ + 1);
-    for (size_t i = 0; i < size_; ++i) grown[i] = (*this)[i];
+    grown.resize(size_ + size_t{1});
+    std::copy(begin(), end(), grown.begin());
     grown[size_] = value;
     swap(grown);
   }
 
   friend bool operator==(const Dims& a, const Dims& b) noexcept {
-    if (a.size_ != b.size_) return false;
-    for (size_t i = 0; i < a.size_; ++i) {
-      if (a[i] != b[i]) return false;
-    }
-    return true;
+    return a.size_ == b.size_ && std::equal(a.begin(), a.end(), b.begin());
   }
   /// Lexicographic; a shorter one that is a prefix comes first.
   friend bool operator<(const Dims& a, const Dims& b) noexcept {
@@ -79,20 +88,23 @@ class Dims {
 
   void swap(Dims& other) noexcept {
     std::swap(size_, other.size_);
-    heap_.swap(other.heap_);
-    for (size_t i = 0; i < kInline; ++i) std::swap(inline_[i], other.inline_[i]);
+    std::swap(inline_, other.inline_);
   }
 
  private:
-  static constexpr size_t kInline = 4;
+  static constexpr size_t kInline = 2;
+  bool is_on_heap() const noexcept { return size_ > kInline; }
+  // Of an empty one.
   void resize(size_t rank) {
+    if (rank > kInline) heap_ = new int64_t[rank];
     size_ = static_cast<uint32_t>(rank);
-    if (rank > kInline) heap_ = std::make_unique<int64_t[]>(rank);
   }
 
   uint32_t size_ = 0;
-  int64_t inline_[kInline] = {};
-  std::unique_ptr<int64_t[]> heap_;
+  union {
+    int64_t inline_[kInline];  // all of it always has a value
+    int64_t* heap_;
+  };
 };
 
 /// "[4, 8]"; "[]" for a 0-d tensor.

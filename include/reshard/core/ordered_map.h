@@ -25,6 +25,10 @@ class OrderedMap {
   auto begin() { return items_.begin(); }
   auto end() { return items_.end(); }
 
+  void clear() {
+    items_.clear();
+    slots_.clear();
+  }
   void reserve(size_t n) {
     items_.reserve(n);
     if (2 * n > slots_.size()) rehash(n);

@@ -15,8 +15,12 @@
 #include "reshard/core/bytes.h"
 #include "reshard/core/dtype.h"
 #include "reshard/core/ordered_map.h"
+#include "reshard/core/shared_string.h"
 
 namespace reshard {
+
+/// "torch.strided", the layout of nearly every tensor.
+const SharedString& strided_layout();
 
 /// Properties of a saved tensor. Only dtype matters for loading; the others are what the saver had, kept for parity.
 struct TensorProperties {
@@ -24,7 +28,7 @@ struct TensorProperties {
   bool requires_grad = false;
   bool pin_memory = false;
   int64_t memory_format = 0;  // 0 contiguous, 1 channels_last, 2 preserve
-  std::string layout = "torch.strided";
+  SharedString layout = strided_layout();
   friend bool operator==(const TensorProperties&, const TensorProperties&) = default;
 };
 
@@ -49,7 +53,7 @@ using StorageMetadata = std::variant<TensorStorageMetadata, BytesStorageMetadata
 /// Names one saved item: a chunk of a tensor (fqn and the chunk's offsets) or a value (fqn alone). `index` is only a
 /// hint at the chunk's position in the catalogue and takes no part in comparison, as in PyTorch.
 struct MetadataIndex {
-  std::string fqn;
+  SharedString fqn;
   std::optional<Dims> offset;
   std::optional<int64_t> index;
   friend bool operator==(const MetadataIndex& a, const MetadataIndex& b) {
@@ -58,7 +62,7 @@ struct MetadataIndex {
 };
 struct MetadataIndexHash {
   size_t operator()(const MetadataIndex& index) const noexcept {
-    const size_t h = std::hash<std::string>{}(index.fqn);
+    const size_t h = index.fqn.hash();
     return index.offset ? h ^ (DimsHash{}(*index.offset) * 31) : h;
   }
 };
@@ -67,7 +71,7 @@ std::string to_string(const MetadataIndex& index);
 
 /// Where one item lies: bytes [offset, offset + length) of a file below the checkpoint's directory.
 struct StorageInfo {
-  std::string relative_path;
+  SharedString relative_path;
   uint64_t offset = 0;
   uint64_t length = 0;
   std::vector<std::string> transform_descriptors;  // "stream.zstd/1"; decoded from the last to the first

@@ -45,7 +45,7 @@ class DefaultSavePlanner final : public SavePlanner {
 
   DefaultSavePlannerOptions options_;
   const SaveState* state_ = nullptr;
-  std::unordered_map<MetadataIndex, Place, MetadataIndexHash> places_;
+  OrderedMap<MetadataIndex, Place, MetadataIndexHash> places_;
 };
 
 struct DefaultLoadPlannerOptions {

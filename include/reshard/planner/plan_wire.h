@@ -7,6 +7,9 @@
 // Decoding is bounded: the memory it takes is at most a constant (some hundreds) times the input, whatever the input
 // holds. Where a legal plan repeats a long name more often than that allows, encoding adds padding.
 
+#include <string>
+#include <unordered_map>
+
 #include "reshard/planner/planner.h"
 
 namespace reshard {
@@ -16,6 +19,18 @@ namespace reshard {
 Bytes encode_save_plan(const SavePlan& plan);
 /// Throws kCorruptData for anything that encode_save_plan does not write.
 SavePlan decode_save_plan(ByteSpan bytes);
+
+/// Decodes the plans of many ranks, which share what they have in common: names, and paths where all are equal. Not
+/// thread-safe; the plans may outlive it.
+class SavePlanDecoder {
+ public:
+  /// As decode_save_plan().
+  SavePlan decode(ByteSpan bytes);
+
+ private:
+  SharedStringPool names_;
+  std::unordered_map<std::string, SharedPaths> paths_;  // by the names of the plan's keys and the bytes of the paths
+};
 
 /// The whole catalogue, some ten times smaller than `.metadata` and faster to read. Throws kInvalidArgument on negative
 /// numbers.

@@ -18,8 +18,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "reshard/metadata/metadata.h"
@@ -54,6 +56,31 @@ struct WriteItem {
   friend bool operator==(const WriteItem&, const WriteItem&) = default;
 };
 
+/// Flattened name -> path of the keys of a state dict. Copies share one map until one of them is edited: in most jobs all
+/// ranks have the same keys.
+class SharedPaths {
+ public:
+  using Map = OrderedMap<SharedString, ObjectPath>;
+  SharedPaths() = default;
+  explicit SharedPaths(Map map) : map_(std::make_shared<Map>(std::move(map))) {}
+  const Map& operator*() const { return map_ ? *map_ : empty_map(); }
+  const Map* operator->() const { return &**this; }
+  /// For changes: a map of its own.
+  Map& edit() {
+    if (!map_ || map_.use_count() != 1) map_ = std::make_shared<Map>(**this);
+    return *map_;
+  }
+  bool is_same(const SharedPaths& other) const { return map_ == other.map_; }
+  friend bool operator==(const SharedPaths& a, const SharedPaths& b) { return a.is_same(b) || *a == *b; }
+
+ private:
+  static const Map& empty_map() {
+    static const Map empty;
+    return empty;
+  }
+  std::shared_ptr<Map> map_;
+};
+
 /// What one rank writes. `storage`, filled by StorageWriter::prepare_global_plan, says where each item goes (same order
 /// as items).
 struct SavePlan {
@@ -61,7 +88,7 @@ struct SavePlan {
   std::vector<StorageInfo> storage;
   /// Flattened name -> path, of every key of this rank. Goes into the catalogue; the plan that a rank gets back has
   /// none.
-  OrderedMap<std::string, ObjectPath> planner_data;
+  SharedPaths planner_data;
   friend bool operator==(const SavePlan&, const SavePlan&) = default;
 };
 
