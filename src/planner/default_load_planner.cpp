@@ -44,7 +44,7 @@ class ChunkIndex {
     }
     sorted_.resize(chunks.size());
     for (size_t i = 0; i < chunks.size(); ++i) sorted_[i] = {start(i), 0, i};
-    std::sort(sorted_.begin(), sorted_.end(), [](const Entry& a, const Entry& b) { return a.start < b.start; });
+    std::ranges::sort(sorted_, {}, &Entry::start);
     int64_t reach = 0;
     for (Entry& entry : sorted_) {
       reach = std::max(reach, entry.start + chunks[entry.chunk].sizes[dim_]);
@@ -63,8 +63,7 @@ class ChunkIndex {
     }
     const int64_t begin = box.offsets[dim_];
     const int64_t end = begin + box.sizes[dim_];
-    auto it = std::lower_bound(sorted_.begin(), sorted_.end(), end,
-                               [](const Entry& entry, int64_t value) { return entry.start < value; });
+    auto it = std::ranges::lower_bound(sorted_, end, {}, &Entry::start);
     while (it != sorted_.begin() && (--it)->reach > begin) {
       if (overlap(chunks_[it->chunk], box)) found.push_back(it->chunk);
     }

@@ -466,8 +466,8 @@ bool FileSystemWriter::holds_metadata(ByteSpan bytes) const noexcept {
   try {
     const std::string path = join_path(directory_, kMetadataFileName);
     const auto status = file_system_.status(path);
-    if (!status) return false;
-    return status->size == bytes.size() && std::ranges::equal(file_system_.read_file(path, bytes.size()), bytes);
+    return status && status->size == bytes.size() &&
+           std::ranges::equal(file_system_.read_file(path, bytes.size()), bytes);
   } catch (...) {
     return true;  // cannot tell
   }

@@ -57,12 +57,13 @@ constexpr Mode kModes[] = {
     {.name = "a disk that is full", .error = ENOSPC, .call = SystemCall::kWrite, .forever = true},
 };
 
-/// Fails the nth call of one rank that the mode is meant for. fsync is answered without a disk.
+/// Fails the nth call of one rank that the mode is meant for. What waits for the disk is answered without one.
 class OneFault final : public SystemCallHook {
  public:
   OneFault(const Mode& mode, int rank, int nth) : mode_(mode), rank_(rank), nth_(nth) {}
   SystemCallAction before(const SystemCallEvent& event) override {
-    SystemCallAction action{.skip = event.call == SystemCall::kSync};
+    const bool waits = event.call == SystemCall::kSync || event.call == SystemCall::kWriteBack;
+    SystemCallAction action{.skip = waits};
     if (event.rank != rank_ || (mode_.call && event.call != *mode_.call)) return action;
     const int number = ++seen_;
     if (number < nth_ || (number > nth_ && !mode_.forever)) return action;
@@ -173,6 +174,37 @@ TEST_P(SaveErrorSweepTest, FreshSave) { sweep("save", 0, kBlocking); }
 TEST_P(SaveErrorSweepTest, SaveOverAnOlderCheckpoint) { sweep("save", 1, kBlocking); }
 TEST_P(SaveErrorSweepTest, FreshAsyncSave) { sweep("async save", 0, try_async_save); }
 TEST_P(SaveErrorSweepTest, AsyncSaveOverAnOlderCheckpoint) { sweep("async save", 1, try_async_save); }
+
+// Only files of more than 64 MiB are sent to the device piece by piece, so the sweep does not come to that call.
+TEST(LargeFileErrorTest, AWriteBackThatFailsEndsTheSaveAndOneThatCannotBeIsPassedOver) {
+  const QuietLog quiet;
+  MemorySaveState large;
+  large.add_value("large", std::string((64 << 20) + 1, 'x'));
+  for (const int error : {EIO, EINTR, EINVAL, ENOSYS}) {
+    const TemporaryDirectory place;
+    const std::string directory = place / "checkpoint";
+    const Mode mode{.name = "write back", .error = error, .call = SystemCall::kWriteBack};
+    OneFault fault(mode, 0, 1);
+    std::vector<RankOutcome> outcomes;
+    {
+      const HookedSystemCalls hooked(fault);
+      outcomes = run_job(1, [&](size_t, Transport& transport) {
+        DefaultSavePlanner planner;
+        FileSystemWriter writer(directory);
+        run_save(transport, large, planner, writer);
+      });
+    }
+    SCOPED_TRACE(std::to_string(error) + ": " + outcomes[0].text());
+    EXPECT_TRUE(fault.hit());
+    if (error == EIO) {
+      EXPECT_THAT(outcomes[0].text(), HasSubstr("write back"));
+      expect_names_rank_and_file(outcomes[0], 0, place.path());
+      EXPECT_THAT(names_in(directory), testing::IsEmpty());
+    } else {
+      EXPECT_TRUE(outcomes[0].ok);
+    }
+  }
+}
 
 TEST_P(ErrorSweepTest, Load) {
   const Prepared prepared(1, world_size());

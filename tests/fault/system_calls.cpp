@@ -100,9 +100,9 @@ ssize_t transfer(ssize_t (*call)(int, const iovec*, int, off_t), int fd, const i
 }  // namespace
 
 std::string_view to_string(SystemCall call) {
-  constexpr std::array<std::string_view, 14> kNames = {"open",    "stat",    "read",   "write",    "fsync",
-                                                       "close",   "rename",  "unlink", "mkdir",    "rmdir",
-                                                       "opendir", "readdir", "flock",  "ftruncate"};
+  constexpr std::array<std::string_view, 15> kNames = {"open",  "stat",    "read",    "write",  "sync_file_range",
+                                                       "fsync", "close",   "rename",  "unlink", "mkdir",
+                                                       "rmdir", "opendir", "readdir", "flock",  "ftruncate"};
   return kNames.at(static_cast<size_t>(call));
 }
 
@@ -200,6 +200,13 @@ ssize_t pwritev(int fd, const iovec* parts, int count, off_t offset) {
             .call = SystemCall::kWrite, .path = {}, .fd = fd, .offset = offset, .parts = parts, .count = count};
       },
       ssize_t{-1}, [&](ssize_t at_most) { return reshard::transfer(next, fd, parts, count, offset, at_most); });
+}
+
+int sync_file_range(int fd, off_t offset, off_t length, unsigned flags) {
+  static auto* const next = reshard::real<int(int, off_t, off_t, unsigned)>("sync_file_range");
+  return reshard::see(
+      [&] { return SystemCallEvent{.call = SystemCall::kWriteBack, .path = {}, .fd = fd, .offset = offset}; }, -1,
+      [&](ssize_t) { return next(fd, offset, length, flags); });
 }
 
 int fsync(int fd) {

@@ -20,6 +20,7 @@ enum class SystemCall : uint8_t {
   kStat,  // fstat, lstat
   kRead,
   kWrite,
+  kWriteBack,  // sync_file_range
   kSync,
   kClose,
   kRename,
@@ -40,7 +41,7 @@ struct SystemCallEvent {
   std::string to{};  // of a rename
   int fd = -1;       // where the call has one; after an open: the new one
   int flags = 0;     // of open
-  off_t offset = 0;  // of reads and writes
+  off_t offset = 0;  // of reads, writes and writes back
   const iovec* parts = nullptr;
   int count = 0;
 };

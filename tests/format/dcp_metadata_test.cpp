@@ -119,7 +119,7 @@ TEST(EncodeMetadataTest, ManyChunksCostFewBytesEach) {
   EXPECT_EQ(decode_metadata(bytes), m);
 }
 
-TEST(EncodeMetadataTest, NumbersAreWrittenInTheShortestForm) {
+TEST(EncodeMetadataTest, NumbersAreWrittenInOneTwoFourOrEightBytes) {
   using namespace std::string_literals;
   for (const auto& [number, form] : std::vector<std::pair<int64_t, std::string>>{{0, "K\0"s},
                                                                                  {255, "K\xFF"s},

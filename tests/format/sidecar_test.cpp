@@ -153,6 +153,7 @@ TEST(BlockSummerTest, SumsBlocksAndParts) {
 TEST(SidecarTest, NamesAreRecognised) {
   EXPECT_EQ(sidecar_name("abc-def", 12), ".reshard-abc-def-12");
   EXPECT_TRUE(is_sidecar_name(sidecar_name("abc-def", 0)));
+  EXPECT_TRUE(is_sidecar_name(sidecar_name("abc-def", 9'876'543'210)));
   for (const char* other : {".metadata", "__0_0.distcp", ".reshard-", ".reshard--1", ".reshard-abc", ".reshard-abc-",
                             ".reshard-abc-1x", "x.reshard-abc-1"}) {
     EXPECT_FALSE(is_sidecar_name(other)) << other;

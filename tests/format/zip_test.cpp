@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "format/zip_builder.h"
@@ -258,6 +259,33 @@ TEST(ZipReaderTest, MoreThan65535RecordsAreCounted) {
   const Bytes file = out.take();
   const MemorySource source(file);
   EXPECT_EQ(zip::Reader(source).entries().size(), kRecords);
+}
+
+/// A file of nothing but zeros in front of an end record, which says that all of it is the directory.
+class AllDirectory final : public ByteSource {
+ public:
+  explicit AllDirectory(uint32_t size) : size_(size) {
+    poke<uint32_t>(end_, 0, 0x06054b50);
+    poke<uint16_t>(end_, 8, 1);
+    poke<uint16_t>(end_, 10, 1);
+    poke<uint32_t>(end_, 12, size);
+  }
+  uint64_t size() const override { return size_ + end_.size(); }
+  void read(uint64_t offset, MutableByteSpan out) const override {
+    std::ranges::fill(out, std::byte{0});
+    for (size_t i = 0; i < end_.size(); ++i) {
+      if (size_ + i >= offset && size_ + i < offset + out.size()) out[size_ + i - offset] = end_[i];
+    }
+  }
+
+ private:
+  uint64_t size_;
+  Bytes end_ = Bytes(22);
+};
+
+TEST(ZipReaderTest, ADirectoryOfMoreThan256MebibytesIsNotRead) {
+  EXPECT_ERROR(kCorrupt, "directory entry is not there", Reader(AllDirectory(256 << 20)));
+  EXPECT_ERROR(kCorrupt, "directory is too large", Reader(AllDirectory((256 << 20) + 1)));
 }
 
 TEST(ZipReaderTest, WhatIsNoArchiveIsSaid) {

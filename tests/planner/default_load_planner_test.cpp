@@ -250,6 +250,16 @@ TEST(DefaultLoadPlannerTest, ViewsPointIntoTheDestinationAndCastsAreCommitted) {
   EXPECT_EQ(wanted[1], -2.0);
 }
 
+TEST(DefaultLoadPlannerTest, ThePlanMayBeAskedForAgain) {
+  const Metadata metadata = sharded_catalogue(4, 2);
+  MemoryLoadState state({replica_entry("st", {8}), bytes_entry("missing", 0)});
+  DefaultLoadPlanner planner({.allow_partial_load = true});
+  planner.set_up_planner(state, metadata, true);
+  const LoadPlan plan = planner.create_local_plan();
+  EXPECT_EQ(planner.create_local_plan().items, plan.items);
+  EXPECT_THAT(planner.report().missing, ElementsAre("missing"));
+}
+
 TEST(DefaultLoadPlannerTest, ItemThatWasNotPlannedIsRefused) {
   MemoryLoadState state({replica_entry("w", {2})});
   const Metadata metadata = catalogue_of({{replica_entry("w", {2})}});

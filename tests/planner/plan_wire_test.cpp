@@ -190,6 +190,16 @@ TEST(PlanWireTest, CataloguesComeBackAsTheyWere) {
   }
 }
 
+TEST(PlanWireTest, AHintPastTheChunksComesBackAsItWas) {
+  Metadata metadata;
+  metadata.state_dict_metadata.insert("w", TensorStorageMetadata{{}, {8}, {{{0}, {4}}, {{4}, {4}}}});
+  metadata.storage_data.insert({"w", Dims{4}, 1}, {"__0_0.distcp", 0, 16, {}});
+  std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find("w")).chunks.pop_back();
+  const Metadata decoded = decode_catalogue(encode_catalogue(metadata));
+  EXPECT_EQ(decoded, metadata);
+  EXPECT_EQ(hints_of(decoded), hints_of(metadata));
+}
+
 TEST(PlanWireTest, DamagedPlansAreErrorsAndNothingWorse) {
   Random random(7);
   for (int round = 0; round < 6; ++round) {

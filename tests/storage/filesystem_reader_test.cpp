@@ -38,6 +38,7 @@ ReadCounters read_alone(const std::string& directory, MemoryLoadState& state,
   Progress last;
   reader.read_data(plan, planner, {.save_id = {}, .progress = [&](const Progress& progress) { last = progress; }});
   EXPECT_EQ(last.done, last.total);
+  EXPECT_EQ(last.total > 0, !plan.items.empty());
   EXPECT_EQ(state.commits() - commits, static_cast<size_t>(std::ranges::count(plan.items, false, &ReadItem::is_bytes)));
   return reader.counters();
 }
@@ -672,6 +673,16 @@ TEST_F(FileSystemReaderTest, WideRunsGoStraightToTheirPlacesToo) {
     EXPECT_EQ(state.first_difference(), "");
     EXPECT_EQ(counters.bytes_staged, 0u);
   }
+}
+
+TEST_F(FileSystemReaderTest, ReadsNeighboursTogetherWhereverTheyGo) {
+  // Each stored part is rows of 256 bytes without gaps, and each row has a place of its own.
+  save(sharded<MemorySaveState>("t", {900, 128}, split({900, 128}, 1, 2)));
+  MemoryLoadState state({replica_entry("t", {900, 128})});
+  const ReadCounters counters = read_alone(directory_.path(), state);
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.bytes_staged, 0u);
+  EXPECT_EQ(counters.reads, 2u * 3);  // tail, head, elements
 }
 
 TEST_F(FileSystemReaderTest, CountsWhatItCopiesOfASmallItem) {

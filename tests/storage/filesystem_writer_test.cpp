@@ -7,6 +7,8 @@
 #include <filesystem>
 #include <fstream>
 #include <mutex>
+#include <semaphore>
+#include <thread>
 
 #include "reshard/format/crc32.h"
 #include "reshard/format/dcp_metadata.h"
@@ -429,6 +431,66 @@ TEST(FileSystemWriterTest, NeverLosesTheErrorOfAWriterThread) {
     EXPECT_ERROR(ErrorCode::kIo, "No space left on device", body());
     EXPECT_THAT(names_in(directory.path()), ElementsAre()) << "write " << nth;
   }
+}
+
+/// Fails on a helper thread of the writer; the other one goes on once that has ended.
+class FailingHelperPlanner final : public SavePlanner {
+ public:
+  void set_up_planner(const SaveState&, bool) override {}
+  SavePlan create_local_plan() override { return {}; }
+  GlobalSavePlan create_global_plan(std::vector<SavePlan>) override { return {}; }
+  SavePlan finish_plan(SavePlan plan) override { return plan; }
+  TensorView resolve_tensor(const WriteItem&) const override { return {}; }
+  ByteSpan resolve_bytes(const WriteItem&) const override {
+    if (std::this_thread::get_id() != own_thread_) {
+      struct AtExit {
+        std::binary_semaphore& ended;
+        ~AtExit() { ended.release(); }
+      };
+      static thread_local const AtExit at_exit{helper_ended_};
+      throw Error(ErrorCode::kIo, "the helper failed");
+    }
+    EXPECT_TRUE(helper_ended_.try_acquire_for(kTestSilence));
+    return memory_;
+  }
+  uint64_t length() const { return memory_.size(); }
+
+ private:
+  const std::thread::id own_thread_ = std::this_thread::get_id();
+  const Bytes memory_ = Bytes(20 << 20);
+  mutable std::binary_semaphore helper_ended_{0};
+};
+
+TEST(FileSystemWriterTest, AFailureEndsTheOtherThreadsAtTheirNextWrite) {
+  const TemporaryDirectory directory;
+  FaultFileSystem files;
+  FileSystemWriter writer(directory.path(), {.thread_count = 2, .sync_files = false}, files);
+  const FailingHelperPlanner planner;
+  SavePlan plan;
+  plan.items = {value_item("a", planner.length()), value_item("b", planner.length())};
+  writer.begin_save("id");
+  plan = writer.prepare_global_plan({plan})[0];
+  EXPECT_ERROR(ErrorCode::kIo, "the helper failed",
+               writer.write_data(plan, planner, {.save_id = "id", .progress = {}}));
+  EXPECT_EQ(files.calls(FileCall::kWrite), 1u);
+}
+
+TEST(FileSystemWriterTest, TheSidecarOfAnEarlierSaveIsForgotten) {
+  const TemporaryDirectory directory;
+  FileSystemWriter writer(directory.path(), {.sync_files = false});
+  StubbornPlanner planner;
+  const auto write = [&] {
+    SavePlan plan;
+    plan.items = {tensor_item("t", {8})};
+    writer.begin_save("id");
+    plan = writer.prepare_global_plan({plan})[0];
+    writer.write_data(plan, planner, {.save_id = "id", .progress = {}});
+  };
+  write();
+  EXPECT_TRUE(writer.sidecar_digest());
+  planner.view.dtype = DType::kInt32;
+  EXPECT_ERROR(ErrorCode::kInternal, "dtype of a tensor", write());
+  EXPECT_FALSE(writer.sidecar_digest());
 }
 
 TEST(FileSystemWriterTest, MakesEverythingDurableBeforeTheCommit) {
