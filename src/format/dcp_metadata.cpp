@@ -8,6 +8,7 @@
 #include <string_view>
 #include <unordered_map>
 
+#include "format/metadata_scan.h"
 #include "format/pickle_opcodes.h"
 #include "format/utf8.h"
 #include "reshard/format/pickle.h"
@@ -177,6 +178,17 @@ class Decoder {
     return std::string(text);
   }
 
+  // Text that many items share: streams refer to the one string each time, and so does the catalogue.
+  const SharedString& shared_text(const Value& value) {
+    const std::string_view view = value.as_str();
+    spend(view.size());
+    if (view.empty()) return none_;
+    const size_t known = shared_.size();
+    SharedString& text = shared_[view.data()];
+    if (shared_.size() != known) text = view;
+    return text;
+  }
+
   Dims size(const Value& value) {
     const Value* tuple = &value;
     if (value.kind() == Kind::kObject) {
@@ -265,7 +277,7 @@ class Decoder {
   MetadataIndex metadata_index(const Value& value) {
     const auto state = attributes(index_, value);
     MetadataIndex index;
-    index.fqn = text(required(state, "fqn"));
+    index.fqn = shared_text(required(state, "fqn"));
     at_key(index.fqn, [&] {
       if (const Value* offset = find(state, "offset"); offset != nullptr && !offset->is_none())
         index.offset = size(*offset);
@@ -281,7 +293,7 @@ class Decoder {
   StorageInfo storage_info(const Value& value) {
     const auto state = attributes(info_, value);
     StorageInfo info;
-    info.relative_path = text(required(state, "relative_path"));
+    info.relative_path = shared_text(required(state, "relative_path"));
     info.offset = position(required(state, "offset"));
     info.length = position(required(state, "length"));
     if (const Value* transforms = find(state, "transform_descriptors");
@@ -329,6 +341,8 @@ class Decoder {
 
   uint64_t copies_left_;
   bool is_ours_ = false;
+  OrderedMap<const char*, SharedString> shared_;  // by the place of the text in the tree
+  const SharedString none_;
   Known metadata_{kCatalogue, "Metadata"};
   Known tensor_{kCatalogue, "TensorStorageMetadata"};
   Known bytes_{kCatalogue, "BytesStorageMetadata"};
@@ -706,16 +720,23 @@ class Encoder {
 
 }  // namespace
 
-Metadata decode_metadata(ByteSpan file, bool verify_digest) {
-  const bool sealed = verify_digest && check_digest(file);
+DecodedMetadata decode_metadata_tree(ByteSpan file) {
   const pickle::Tree tree = pickle::parse(file);
   Decoder decoder(file.size());
-  Metadata metadata = decoder.decode(tree.root());
+  DecodedMetadata decoded{decoder.decode(tree.root()), false};
+  decoded.is_ours = decoder.is_ours();
+  return decoded;
+}
+
+Metadata decode_metadata(ByteSpan file, bool verify_digest) {
+  const bool sealed = verify_digest && check_digest(file);
+  auto scanned = scan_metadata(file);
+  DecodedMetadata decoded = scanned ? std::move(*scanned) : decode_metadata_tree(file);
   // Only a change of the frame around the digest can lead here; or a program that wrote our attributes anew.
-  if (verify_digest && !sealed && decoder.is_ours())
+  if (verify_digest && !sealed && decoded.is_ours)
     corrupt("the catalogue is of this library and has no digest: it was changed");
-  validate(metadata);
-  return metadata;
+  validate(decoded.metadata);
+  return std::move(decoded.metadata);
 }
 
 Bytes encode_metadata(const Metadata& metadata) { return Encoder().encode(metadata); }

@@ -32,8 +32,7 @@ void validate_tensor(const std::string& fqn, const TensorStorageMetadata& tensor
   }
 }
 
-void validate_storage(const MetadataIndex& index, const StorageInfo& storage) {
-  validate_relative_path(storage.relative_path, index.fqn);
+void validate_range(const MetadataIndex& index, const StorageInfo& storage) {
   // Files cannot be longer than off_t can say.
   constexpr auto kMax = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
   if (storage.offset > kMax || storage.length > kMax - storage.offset) {
@@ -76,7 +75,8 @@ void validate(const Metadata& metadata) {
       corrupt("nothing is stored for " + to_string(index), index.fqn);
     }
   };
-  for (const auto& [fqn, item] : metadata.state_dict_metadata) {
+  for (const auto& [name, item] : metadata.state_dict_metadata) {
+    const SharedString fqn(name);
     if (const auto* tensor = std::get_if<TensorStorageMetadata>(&item)) {
       validate_tensor(fqn, *tensor);
       for (const Box& chunk : tensor->chunks) find_storage({fqn, chunk.offsets, {}}, volume(chunk.sizes) != 0);
@@ -84,10 +84,13 @@ void validate(const Metadata& metadata) {
       find_storage({fqn, {}, {}}, true);
     }
   }
+  const SharedString* path = nullptr;  // the last one that is known to be right: items of a file come in a row
   for (size_t i = 0; const auto& [index, storage] : storage_data) {
     if (!has_item[i++])
       corrupt("bytes are stored for an item that is not in the catalogue: " + to_string(index), index.fqn);
-    validate_storage(index, storage);
+    if (path == nullptr || !(*path == storage.relative_path)) validate_relative_path(storage.relative_path, index.fqn);
+    path = &storage.relative_path;
+    validate_range(index, storage);
   }
 }
 

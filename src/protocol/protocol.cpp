@@ -448,8 +448,8 @@ void begin_catalogue(Metadata metadata, const std::vector<SavePlan>& plans, cons
 }
 
 /// Places all items under a new save id.
-std::vector<SavePlan> place(std::vector<SavePlan> plans, StorageWriter& writer, CoordinatedSave& save) {
-  const size_t world_size = plans.size();
+std::vector<SavePlan> place(std::vector<SavePlan> plans, size_t world_size, StorageWriter& writer,
+                            CoordinatedSave& save) {
   save.result = {.save_id = random_uuid()};
   writer.begin_save(save.result.save_id);
   plans = writer.prepare_global_plan(std::move(plans));
@@ -474,7 +474,7 @@ std::vector<Bytes> plan_globally(LocalPlans local, SavePlanner& planner, Storage
   GlobalSavePlan global = planner.create_global_plan(std::move(local.plans));
   transport.heartbeat();
   test_point("save.planned_globally");
-  std::vector<SavePlan> plans = place(std::move(global.plans), writer, save);
+  std::vector<SavePlan> plans = place(std::move(global.plans), world_size, writer, save);
   transport.heartbeat();
   if (kept != nullptr) {
     kept->planned_in = save.result.save_id;
@@ -515,7 +515,7 @@ std::optional<std::vector<Bytes>> plan_again(Kept& kept, StorageWriter& writer, 
   const size_t world_size = kept.plans.size();
   std::vector<std::vector<StorageInfo>> before(world_size);
   for (size_t r = 0; r < world_size; ++r) before[r] = std::move(kept.plans[r].storage);
-  kept.plans = place(std::move(kept.plans), writer, save);
+  kept.plans = place(std::move(kept.plans), world_size, writer, save);
   transport.heartbeat();
   begin_catalogue(kept.metadata, kept.plans, writer, save);
   std::vector<Bytes> answers(world_size);

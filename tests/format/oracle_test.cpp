@@ -78,7 +78,7 @@ TEST_P(OracleTest, CatalogueIsWhatTorchRead) {
       EXPECT_EQ(tensor->chunks[i], (Box{dims_of(chunk.at("offsets")), dims_of(chunk.at("sizes"))}));
       const StorageInfo* info = metadata_.storage_data.find({fqn, tensor->chunks[i].offsets, {}});
       ASSERT_NE(info, nullptr);
-      EXPECT_EQ(*info, (StorageInfo{chunk.at("file"), chunk.at("offset"), chunk.at("length"), {}}));
+      EXPECT_EQ(*info, (StorageInfo{chunk.at("file").get<std::string>(), chunk.at("offset"), chunk.at("length"), {}}));
     }
   }
   for (const auto& [fqn, expected] : catalogue.at("bytes").items()) {
@@ -88,7 +88,8 @@ TEST_P(OracleTest, CatalogueIsWhatTorchRead) {
     EXPECT_TRUE(std::holds_alternative<BytesStorageMetadata>(*entry));
     const StorageInfo* info = metadata_.storage_data.find({fqn, {}, {}});
     ASSERT_NE(info, nullptr);
-    EXPECT_EQ(*info, (StorageInfo{expected.at("file"), expected.at("offset"), expected.at("length"), {}}));
+    EXPECT_EQ(*info,
+              (StorageInfo{expected.at("file").get<std::string>(), expected.at("offset"), expected.at("length"), {}}));
     ++items;
   }
   EXPECT_EQ(metadata_.storage_data.size(), items);

@@ -179,7 +179,7 @@ TEST(ReceiptsDigestTest, EveryFieldAndTheOrderCount) {
       [](List& l) { l[0].first.fqn = "c"; },       [](List& l) { l[0].first.offset = Dims{1, 3}; },
       [](List& l) { l[1].first.offset = Dims{}; }, [](List& l) { l[0].second.relative_path = "g"; },
       [](List& l) { l[0].second.offset = 11; },    [](List& l) { l[0].second.length = 21; },
-      [](List& l) { std::swap(l[0], l[1]); },      [](List& l) { l.pop_back(); }};
+      [](List& l) { l = {l[1], l[0]}; },           [](List& l) { l.pop_back(); }};
   for (const auto& edit : edits) EXPECT_NE(changed(edit), digest(base));
 }
 
