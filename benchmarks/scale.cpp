@@ -2,13 +2,13 @@
 // What a save of many ranks costs the coordinator, with ranks that are made up: everything here is the real planner, wire
 // form, placement, protocol and catalogue; only the tensors and the disk are missing.
 //
-//   scale [--json] [--row plans|protocol|repeat] [--ranks R] [--tensors T]
+//   scale [--json] [--row plans|protocol|repeat] [--ranks R] [--tensors T] [--metadata FILE]
 //
 // Row `plans` carries R plans of T tensors, each rank holding one chunk [4, 1024] of every [4 R, 1024] float32 tensor,
 // from the local plans to the bytes of `.metadata` and back, phase by phase. Row `protocol` runs run_save() on R ranks
 // that are fibers of one thread, and counts what goes through the coordinator; row `repeat` is the second such save of
 // ranks that keep their plans. Without --ranks a sweep of cases runs.
-// Each case has a process of its own, so that its peak of memory is its own.
+// Each case has a process of its own, so that its peak of memory is its own. --metadata keeps the catalogue of row `plans`.
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -176,6 +176,12 @@ class DisklessWriter final : public StorageWriter {
 
 // --- plans -----------------------------------------------------------------------------------------------------------
 
+/// Where row `plans` keeps its catalogue, if anywhere.
+std::string& metadata_file() {
+  static std::string path;
+  return path;
+}
+
 Result run_plans(int64_t ranks, int64_t tensors) {
   Result result{.row = "plans", .name = std::to_string(ranks) + "x" + std::to_string(tensors), .seconds = {}};
   Stopwatch watch(result);
@@ -222,6 +228,7 @@ Result run_plans(int64_t ranks, int64_t tensors) {
   const Bytes file = encode_metadata(metadata);
   watch.add_to("metadata_encode");
   result.metadata_bytes = file.size();
+  if (!metadata_file().empty()) local_file_system().create(metadata_file(), CreateMode::kTruncate)->write(0, file);
   global = {};
   watch.skip();
   const Metadata decoded = decode_metadata(file);
@@ -428,6 +435,8 @@ int main(int argc, char** argv) {
     }
     if (argument == "--row") {
       row = value;
+    } else if (argument == "--metadata") {
+      metadata_file() = value;
     } else if (argument == "--ranks") {
       ok = number(ranks);
     } else if (argument == "--tensors") {
@@ -436,7 +445,8 @@ int main(int argc, char** argv) {
       ok = false;
     }
     if (!ok || i + 1 == argc) {
-      std::fprintf(stderr, "usage: scale [--json] [--row plans|protocol|repeat] [--ranks R] [--tensors T]\n");
+      std::fprintf(stderr,
+                   "usage: scale [--json] [--row plans|protocol|repeat] [--ranks R] [--tensors T] [--metadata FILE]\n");
       return 2;
     }
     ++i;

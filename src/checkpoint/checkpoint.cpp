@@ -11,7 +11,8 @@ SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions
   const auto transport = make_transport(options.process_group, options.silence_timeout);
   DefaultSavePlanner default_planner({.verify_replicas = options.verify_replicas});
   const StateDictSaveState source(state);
-  return run_save(*transport, source, options.planner ? *options.planner : default_planner, writer, options.progress);
+  return run_save(*transport, source, options.planner ? *options.planner : default_planner, writer, options.progress,
+                  options.plan_cache);
 }
 
 SaveResult save(const StateDict& state, StorageWriter&& writer, const SaveOptions& options) {

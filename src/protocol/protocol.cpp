@@ -640,7 +640,7 @@ SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePl
       .take = [&](int rank, ByteSpan payload) { local.take(rank, payload); }, .decide = decide, .decide_name = "plan"};
   Bytes answer = star.finish(Step::kPlan, std::move(part), planning);
   if (!star.is_coordinator()) {
-    plans_are_wanted = offers && !answer.empty() && answer[0] == static_cast<std::byte>(PlanMessage::kSendPlan);
+    plans_are_wanted = !answer.empty() && answer[0] == static_cast<std::byte>(PlanMessage::kSendPlan);
   }
   if (std::exchange(plans_are_wanted, false)) {
     offers = false;

@@ -35,6 +35,9 @@ struct SaveOptions {
   std::optional<std::chrono::milliseconds> silence_timeout = {};
   /// Called on this rank while bytes are written, from any thread.
   ProgressFn progress = {};
+  /// This rank's, kept by the caller from save to save of one and the same structure, which is then planned with a few
+  /// dozen bytes a rank (protocol/protocol.h). Borrowed.
+  SavePlanCache* plan_cache = nullptr;
 };
 
 struct LoadOptions {
