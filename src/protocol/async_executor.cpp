@@ -79,13 +79,19 @@ std::exception_ptr stage(const Job& job, AsyncSave& save) {
   return failure;
 }
 
-void upload(Job& job, const std::exception_ptr& staging_failure, AsyncSave& save) {
+/// What the thread of a save has, until the save ends.
+struct Work {
+  Job job;
+  std::exception_ptr failure;  // of staging
+};
+
+void upload(Work& work, AsyncSave& save) {
   try {
-    save.result = job.save(staging_failure);
+    save.result = work.job.save(work.failure);
   } catch (...) {
     save.failure = std::current_exception();
   }
-  job = {};
+  work = {};
   save.set(&AsyncSave::ended);
 }
 
@@ -139,21 +145,19 @@ AsyncSaveResponse AsyncSaveExecutor::submit(Job job, bool in_background) {
   const std::exception_ptr unseen = take_unseen_failure();
   if (unseen) {
     save->seen = true;
-    job.stage = [unseen] {
-      throw Error(
-          ErrorCode::kFailedPrecondition,
-          "an earlier asynchronous save failed, and this rank had not asked for its outcome: " + text_of(unseen));
+    job.stage = [text = text_of(unseen)] {
+      throw Error(ErrorCode::kFailedPrecondition,
+                  "an earlier asynchronous save failed, and this rank had not asked for its outcome: " + text);
     };
   }
 
-  std::exception_ptr staging_failure;
-  if (!in_background) staging_failure = stage(job, *save);
-  InFlight& started = in_flight_.emplace_back(save, std::thread());
-  auto shared_job = std::make_shared<Job>(std::move(job));
-  const auto run = [save, before, in_background, staging_failure, shared_job] {
-    const std::exception_ptr failure = in_background ? stage(*shared_job, *save) : staging_failure;
+  const auto work = std::make_shared<Work>(Work{std::move(job), nullptr});
+  if (!in_background) work->failure = stage(work->job, *save);
+  InFlight& started = in_flight_.emplace_back(InFlight{save, std::thread()});
+  const auto run = [save, before, in_background, work] {
+    if (in_background) work->failure = stage(work->job, *save);
     if (before) before->wait_until(&AsyncSave::ended);
-    upload(*shared_job, failure, *save);
+    upload(*work, *save);
   };
   try {
     started.thread = std::thread(run);
