@@ -4,9 +4,11 @@
 // tensors.
 
 #include <cstdint>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 
+#include "reshard/core/error.h"
 #include "reshard/format/torch_archive.h"
 
 namespace reshard {
@@ -21,6 +23,16 @@ class ArchiveFrames {
     if (const auto it = frames_.find({dtype, sizes}); it != frames_.end()) return it->second;
     if (frames_.size() == kMostFrames) frames_.clear();
     return frames_.try_emplace({dtype, sizes}, TensorArchive(dtype, sizes, {.alignment = alignment_})).first->second;
+  }
+
+  /// TensorArchiveFrame::match() with the frame of what a catalogue says. Nothing also where that cannot be saved
+  /// (quantized, overflowing sizes): parsing the item names what is wrong with it.
+  std::optional<TensorItem> match(DType dtype, const Dims& sizes, ByteSpan item) {
+    try {
+      return get(dtype, sizes).match(item);
+    } catch (const Error&) {
+      return std::nullopt;
+    }
   }
 
  private:

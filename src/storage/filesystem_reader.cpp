@@ -425,7 +425,7 @@ class FileLoad {
       return;
     }
     // Most are laid out as this library and the current PyTorch do it; then there is nothing to parse.
-    const auto known = frames_.get(stored.tensor->properties.dtype, stored.chunk->sizes).match(bytes);
+    const auto known = frames_.match(stored.tensor->properties.dtype, stored.chunk->sizes, bytes);
     const TensorItem item = known ? *known : read_header(stored, MemorySource(bytes));
     const ByteSpan payload =
         bytes.subspan(static_cast<size_t>(item.payload_offset), static_cast<size_t>(item.payload_size));
