@@ -306,6 +306,16 @@ TEST_F(FileSystemReaderTest, RefusesATensorThatIsNotTheOneOfTheCatalogue) {
   }
 }
 
+TEST_F(FileSystemReaderTest, ADtypeThatCannotBeSavedIsNoErrorOfSaving) {
+  save(states<MemorySaveState>({{replica_entry("a", {4}, DType::kInt8)}}));
+  MemoryLoadState state({replica_entry("a", {4}, DType::kQInt8)});
+  const auto quantize = [](Metadata& metadata) {
+    std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find("a")).properties.dtype = DType::kQInt8;
+  };
+  EXPECT_ERROR(ErrorCode::kCorruptData, "not the one of the catalogue; rank 0, key a",
+               read_alone(directory_.path(), state, {}, local_file_system(), quantize));
+}
+
 /// The default planner, but for the destination that it gives.
 class StubbornLoadPlanner final : public LoadPlanner {
  public:
