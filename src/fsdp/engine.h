@@ -39,8 +39,10 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
 
   const std::vector<ShardedParameter>& parameters() const { return parameters_; }
   const std::vector<Entry>& entries() const { return entries_; }
+  const torch::nn::Module& module() const { return *module_; }
   const FsdpMemoryStats& stats() const { return stats_; }
   ProcessGroup& group() const { return *options_.process_group; }
+  const std::shared_ptr<ProcessGroup>& shared_group() const { return options_.process_group; }
   std::vector<std::string> unit_names() const { return unit_names_; }
 
   void begin_forward();

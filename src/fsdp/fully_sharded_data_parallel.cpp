@@ -48,6 +48,8 @@ const FsdpMemoryStats& ShardedModule::memory_stats() const { return engine_->sta
 const ProcessGroup& ShardedModule::process_group() const { return engine_->group(); }
 std::vector<std::string> ShardedModule::unit_names() const { return engine_->unit_names(); }
 
+const torch::nn::Module& ShardedModule::root() const { return engine_->module(); }
+
 NoSync::NoSync(std::shared_ptr<FsdpEngine> engine) : engine_(std::move(engine)) { engine_->begin_no_sync(); }
 NoSync::~NoSync() { engine_->end_no_sync(); }
 

@@ -5,13 +5,16 @@
 #include <torch/csrc/api/include/torch/optim/adagrad.h>
 #include <torch/csrc/api/include/torch/optim/adam.h>
 #include <torch/csrc/api/include/torch/optim/adamw.h>
+#include <torch/csrc/api/include/torch/optim/lbfgs.h>
 #include <torch/csrc/api/include/torch/optim/rmsprop.h>
 #include <torch/csrc/api/include/torch/optim/sgd.h>
 
 #include <algorithm>
 #include <functional>
 #include <unordered_map>
+#include <utility>
 
+#include "fsdp/optimizer_parameters.h"
 #include "fsdp/shard_range.h"
 #include "reshard/core/error.h"
 
@@ -57,6 +60,10 @@ GroupField flag(const char* key, bool& field) {
 /// A setting that LibTorch does not have.
 GroupField constant(const char* key, StateValue value) {
   return {key, [value] { return value; }, nullptr};
+}
+GroupField integer(const char* key, int64_t& field) {
+  return {key, [&field] { return StateValue(field); },
+          [&field](const StateValue& v) { field = static_cast<int64_t>(as_number(v)); }};
 }
 GroupField pair_of_numbers(const char* key, std::tuple<double, double>& field) {
   return {key,
@@ -121,8 +128,25 @@ std::vector<GroupField> group_fields(OptimizerOptions& options) {
             constant("capturable", false),     constant("foreach", None{}),
             constant("maximize", false),       constant("differentiable", false)};
   }
+  if (auto* lbfgs = dynamic_cast<torch::optim::LBFGSOptions*>(&options)) {
+    auto& max_eval = lbfgs->max_eval();
+    auto& search = lbfgs->line_search_fn();
+    return {number("lr", lbfgs->lr()),
+            integer("max_iter", lbfgs->max_iter()),
+            {"max_eval", [&max_eval] { return max_eval ? StateValue(*max_eval) : StateValue(None{}); },
+             [&max_eval](const StateValue& v) {
+               max_eval = v.is<None>() ? std::nullopt : std::optional(static_cast<int64_t>(as_number(v)));
+             }},
+            number("tolerance_grad", lbfgs->tolerance_grad()),
+            number("tolerance_change", lbfgs->tolerance_change()),
+            integer("history_size", lbfgs->history_size()),
+            {"line_search_fn", [&search] { return search ? StateValue(*search) : StateValue(None{}); },
+             [&search](const StateValue& v) {
+               search = v.is<None>() ? std::nullopt : std::optional(v.as<std::string>());
+             }}};
+  }
   throw Error(ErrorCode::kUnsupported, "the state of this optimizer is not known",
-              {.wanted = "SGD, Adam, AdamW, Adagrad or RMSprop"});
+              {.wanted = "SGD, Adam, AdamW, Adagrad, RMSprop or LBFGS"});
 }
 
 template <class State>
@@ -158,6 +182,7 @@ ParameterState parameter_state(Optimizer& optimizer, const at::Tensor& slice, co
     return adam_state<AdamWParamState>(optimizer, slice, *adamw);
   if (const auto* adam = dynamic_cast<const AdamOptions*>(&options))
     return adam_state<AdamParamState>(optimizer, slice, *adam);
+  if (dynamic_cast<const LBFGSOptions*>(&options) != nullptr) return {};  // it is of all parameters together: below
   if (const auto* sgd = dynamic_cast<const SGDOptions*>(&options)) {
     if (sgd->momentum() == 0) return {};
     auto& state = state_of<SGDParamState>(optimizer, slice);
@@ -184,10 +209,73 @@ ParameterState parameter_state(Optimizer& optimizer, const at::Tensor& slice, co
   return result;
 }
 
-/// The sharded parameter behind each tensor of each group.
-std::vector<std::vector<const ShardedParameter*>> parameters_of(Optimizer& optimizer, const ShardedModule& model) {
+using torch::optim::LBFGSParamState;
+
+bool is_lbfgs(const OptimizerOptions& options) {
+  return dynamic_cast<const torch::optim::LBFGSOptions*>(&options) != nullptr;
+}
+
+/// LBFGS keeps one state, of all parameters flattened, at its first. It exists after the first step.
+StateDict read_lbfgs(const LBFGSParamState& state) {
+  const auto list = [](const auto& tensors) {
+    StateList result;
+    for (const at::Tensor& tensor : tensors)
+      result.push_back(tensor.defined() ? StateValue(tensor) : StateValue(None{}));
+    return result;
+  };
+  const auto optional = [](const at::Tensor& tensor) {
+    return tensor.defined() ? StateValue(tensor) : StateValue(None{});
+  };
+  StateDict result{{"func_evals", state.func_evals()},
+                   {"n_iter", state.n_iter()},
+                   {"d", optional(state.d())},
+                   {"t", state.t()},
+                   {"old_dirs", list(state.old_dirs())},
+                   {"old_stps", list(state.old_stps())},
+                   {"ro", list(state.ro())},
+                   {"H_diag", optional(state.H_diag())},
+                   {"prev_flat_grad", optional(state.prev_flat_grad())},
+                   {"prev_loss", state.prev_loss()}};
+  if (state.al()) result["al"] = list(*state.al());
+  return result;
+}
+
+/// `template_tensor` has the device and dtype of the parameters.
+LBFGSParamState lbfgs_state_from(const StateDict& dict, const at::Tensor& template_tensor, const std::string& path) {
+  const auto value = [&](const char* key) -> const StateValue& {
+    if (!dict.contains(key))
+      throw Error(ErrorCode::kNotFound, "missing from the optimizer's state dict", {.key = path + "." + key});
+    return dict.at(key);
+  };
+  const auto tensor = [&](const StateValue& v) {
+    if (v.is<None>()) return at::Tensor();
+    const at::Tensor given = v.is<at::Tensor>() ? v.as<at::Tensor>() : at::scalar_tensor(as_number(v));
+    return given.to(template_tensor.options()).clone();
+  };
+  const auto list = [&]<class Container>(const StateValue& v, Container result) {
+    for (const StateValue& item : v.as<StateList>()) result.push_back(tensor(item));
+    return result;
+  };
+  LBFGSParamState state;
+  state.func_evals(static_cast<int64_t>(as_number(value("func_evals"))));
+  state.n_iter(static_cast<int64_t>(as_number(value("n_iter"))));
+  state.d(tensor(value("d")));
+  state.t(as_number(value("t")));
+  state.old_dirs(list(value("old_dirs"), std::deque<at::Tensor>()));
+  state.old_stps(list(value("old_stps"), std::deque<at::Tensor>()));
+  state.ro(list(value("ro"), std::deque<at::Tensor>()));
+  state.H_diag(tensor(value("H_diag")));
+  state.prev_flat_grad(tensor(value("prev_flat_grad")));
+  state.prev_loss(as_number(value("prev_loss")));
+  if (dict.contains("al") && !dict.at("al").is<None>()) state.al(list(dict.at("al"), std::vector<at::Tensor>()));
+  return state;
+}
+
+/// The parameter behind each tensor of each group.
+std::vector<std::vector<const ShardedParameter*>> parameters_of(Optimizer& optimizer,
+                                                                const std::vector<ShardedParameter>& parameters) {
   std::unordered_map<const void*, const ShardedParameter*> by_slice;
-  for (const ShardedParameter& p : model.sharded_parameters()) by_slice[p.slice.unsafeGetTensorImpl()] = &p;
+  for (const ShardedParameter& p : parameters) by_slice[p.slice.unsafeGetTensorImpl()] = &p;
   std::vector<std::vector<const ShardedParameter*>> result;
   for (size_t g = 0; g < optimizer.param_groups().size(); ++g) {
     auto& group = result.emplace_back();
@@ -195,11 +283,11 @@ std::vector<std::vector<const ShardedParameter*>> parameters_of(Optimizer& optim
     for (size_t i = 0; i < tensors.size(); ++i) {
       const auto it = by_slice.find(tensors[i].unsafeGetTensorImpl());
       if (it == by_slice.end()) {
-        throw Error(
-            ErrorCode::kInvalidArgument,
-            "the optimizer holds a tensor that is not a slice of the sharded model: give it the model's parameters()",
-            {.key = "param_groups[" + std::to_string(g) + "].params[" + std::to_string(i) + "]",
-             .found = "a tensor of sizes " + to_string(to_dims(tensors[i].sizes()))});
+        throw Error(ErrorCode::kInvalidArgument,
+                    "the optimizer holds a tensor that is not a parameter of the model (of a sharded one: not a slice "
+                    "of it; give the optimizer the model's parameters())",
+                    {.key = "param_groups[" + std::to_string(g) + "].params[" + std::to_string(i) + "]",
+                     .found = "a tensor of sizes " + to_string(to_dims(tensors[i].sizes()))});
       }
       group.push_back(it->second);
     }
@@ -219,16 +307,82 @@ bool is_same_setting(const StateValue& found, const StateValue& only) {
   return as_flag(found) == as_flag(only);
 }
 
+/// A group of the optimizer and the one of the state dict that has its parameters.
+const StateDict* group_with(const StateList& groups, const std::vector<const ShardedParameter*>& parameters,
+                            const std::string& path) {
+  const StateDict* only_empty = nullptr;
+  for (const StateValue& candidate : groups) {
+    std::vector<std::string> names;
+    for (const StateValue& name : find(candidate, "params", path + ".params").as<StateList>())
+      names.push_back(name.as<std::string>());
+    if (parameters.empty()) {  // nothing tells which it is, unless there is one
+      if (!names.empty()) continue;
+      if (only_empty != nullptr) return nullptr;
+      only_empty = &candidate.as<StateDict>();
+      continue;
+    }
+    const auto is_named = [&](const std::string& name) { return std::ranges::find(names, name) != names.end(); };
+    // A tied parameter may be known by any of its names.
+    const auto is_in = [&](const ShardedParameter* p) { return std::ranges::any_of(p->names, is_named); };
+    if (!is_in(parameters.front())) continue;
+    for (const ShardedParameter* p : parameters) {
+      if (!is_in(p)) {
+        throw Error(ErrorCode::kInvalidArgument, "the groups of the optimizer's state dict are made up differently",
+                    {.key = p->names.front()});
+      }
+    }
+    if (names.size() != parameters.size()) {
+      throw Error(ErrorCode::kInvalidArgument, "the groups of the optimizer's state dict are made up differently",
+                  {.key = path + ".params",
+                   .wanted = std::to_string(parameters.size()) + " parameters",
+                   .found = std::to_string(names.size())});
+    }
+    return &candidate.as<StateDict>();
+  }
+  return only_empty;
+}
+
+/// The group's settings, taken into a copy: they decide which state there is (amsgrad, momentum, centered).
+std::shared_ptr<OptimizerOptions> read_settings(const StateDict& group, const OptimizerOptions& options,
+                                                const std::string& path, const std::string& name, OptimizerLoad& load) {
+  std::shared_ptr<OptimizerOptions> loaded = options.clone();
+  std::vector<std::string> known{"params"};
+  for (const GroupField& field : group_fields(*loaded)) {
+    known.emplace_back(field.key);
+    const std::string key = path + "." + field.key;
+    const StateValue& value = find(group, field.key, key);
+    with_error_context({.key = key}, [&] {
+      if (field.set) {
+        field.set(value);
+      } else if (!is_same_setting(value, field.get())) {
+        throw Error(ErrorCode::kUnsupported, "LibTorch's optimizer does not have this setting");
+      }
+    });
+  }
+  for (const auto& [key, value] : group.items()) {
+    if (std::ranges::find(known, key) == known.end()) {
+      load.unexpected.push_back("param_groups." + name + (name.empty() ? "" : ".") + key);
+    }
+  }
+  return loaded;
+}
+
 }  // namespace
 
-StateDict optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model) {
-  const auto parameters = parameters_of(optimizer, model);
+StateDict read_optimizer(Optimizer& optimizer, const std::vector<ShardedParameter>& all, bool whole) {
+  const auto parameters = parameters_of(optimizer, all);
   StateDict state;
   StateList groups;
   for (size_t g = 0; g < parameters.size(); ++g) {
     auto& options = optimizer.param_groups()[g].options();
     StateDict group;
     for (const GroupField& field : group_fields(options)) group[field.key] = field.get();
+    if (is_lbfgs(options) && !parameters[g].empty()) {
+      if (!whole) throw Error(ErrorCode::kUnsupported, "LBFGS cannot train slices: it needs whole parameters");
+      const auto it = optimizer.state().find(parameters[g].front()->slice.unsafeGetTensorImpl());
+      if (it != optimizer.state().end())
+        state[parameters[g].front()->names.front()] = read_lbfgs(static_cast<const LBFGSParamState&>(*it->second));
+    }
     StateList names;
     for (const ShardedParameter* p : parameters[g]) {
       names.emplace_back(p->names.front());
@@ -237,8 +391,13 @@ StateDict optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model)
       if (values.tensors.empty()) continue;
       StateDict entry;
       if (values.step != nullptr) entry["step"] = at::full({}, static_cast<double>(*values.step), at::kFloat);
-      for (const auto& [key, tensor] : values.tensors)
-        entry[key] = as_sharded_tensor(*tensor, p->shape, p->begin, p->end);
+      for (const auto& [key, tensor] : values.tensors) {
+        if (whole) {
+          entry[key] = *tensor;
+        } else {
+          entry[key] = as_sharded_tensor(*tensor, p->shape, p->begin, p->end);
+        }
+      }
       state[p->names.front()] = std::move(entry);
     }
     group["params"] = std::move(names);
@@ -247,87 +406,100 @@ StateDict optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model)
   return {{"state", std::move(state)}, {"param_groups", std::move(groups)}};
 }
 
-void load_optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model, const StateDict& dict) {
-  const auto parameters = parameters_of(optimizer, model);
+void plan_optimizer_load(Optimizer& optimizer, const std::vector<ShardedParameter>& all, bool whole,
+                         const StateDict& dict, OptimizerLoad& load) {
+  auto parameters = parameters_of(optimizer, all);
+  if (load.includes) {
+    for (auto& group : parameters) std::erase_if(group, [&](const ShardedParameter* p) { return !load.includes(*p); });
+  }
   const StateDict& state = find(dict, "state", "state").as<StateDict>();
   const StateList& groups = find(dict, "param_groups", "param_groups").as<StateList>();
-  std::vector<std::function<void()>> writes;  // nothing is written before all is checked
-
-  with_error_context({.rank = model.process_group().rank()}, [&] {
-    for (size_t g = 0; g < parameters.size(); ++g) {
-      const std::string path = "param_groups[" + std::to_string(g) + "]";
-      if (parameters[g].empty()) continue;
-      // Groups are known by their parameters, not by their position.
-      const std::string& first = parameters[g].front()->names.front();
-      const StateDict* group = nullptr;
-      std::vector<std::string> names;
-      for (const StateValue& candidate : groups) {
-        names.clear();
-        for (const StateValue& name : find(candidate, "params", path + ".params").as<StateList>())
-          names.push_back(name.as<std::string>());
-        if (std::ranges::find(names, first) == names.end()) continue;
-        group = &candidate.as<StateDict>();
-        break;
-      }
-      if (group == nullptr)
+  for (size_t g = 0; g < parameters.size(); ++g) {
+    const std::string path = "param_groups[" + std::to_string(g) + "]";
+    auto& options = optimizer.param_groups()[g].options();
+    const std::string first = parameters[g].empty() ? "" : parameters[g].front()->names.front();
+    std::shared_ptr<OptimizerOptions> loaded = options.clone();
+    if (const StateDict* group = group_with(groups, parameters[g], path)) {
+      loaded = read_settings(*group, options, path, first, load);
+      load.writes.push_back({nullptr, [&options, loaded](const StateValue&) {
+                               auto to = group_fields(options);
+                               const auto from = group_fields(*loaded);
+                               for (size_t i = 0; i < to.size(); ++i) {
+                                 if (to[i].set) to[i].set(from[i].get());
+                               }
+                             }});
+    } else if (!parameters[g].empty()) {
+      if (load.strict)
         throw Error(ErrorCode::kNotFound, "no group of the optimizer's state dict has this parameter", {.key = first});
-      for (const ShardedParameter* p : parameters[g]) {
-        if (std::ranges::find(names, p->names.front()) == names.end()) {
-          throw Error(ErrorCode::kInvalidArgument, "the groups of the optimizer's state dict are made up differently",
-                      {.key = p->names.front()});
-        }
-      }
-      if (names.size() != parameters[g].size()) {
-        throw Error(ErrorCode::kInvalidArgument, "the groups of the optimizer's state dict are made up differently",
-                    {.key = path + ".params",
-                     .wanted = std::to_string(parameters[g].size()) + " parameters",
-                     .found = std::to_string(names.size())});
-      }
+      load.missing.push_back("param_groups." + first);
+    }
 
-      auto& options = optimizer.param_groups()[g].options();
-      // Settings are taken into a copy first: they decide which state there is (amsgrad, momentum, centered).
-      std::shared_ptr<OptimizerOptions> loaded = options.clone();
-      for (const GroupField& field : group_fields(*loaded)) {
-        const std::string key = path + "." + field.key;
-        const StateValue& value = find(*group, field.key, key);
-        with_error_context({.key = key}, [&] {
-          if (field.set) {
-            field.set(value);
-          } else if (!is_same_setting(value, field.get())) {
-            throw Error(ErrorCode::kUnsupported, "LibTorch's optimizer does not have this setting");
-          }
-        });
+    for (const ShardedParameter* p : parameters[g]) {
+      const auto name = std::ranges::find_if(p->names, [&](const std::string& n) { return state.contains(n); });
+      const bool is_kept = name != p->names.end();
+      if (is_lbfgs(options)) {
+        if (!whole) throw Error(ErrorCode::kUnsupported, "LBFGS cannot train slices: it needs whole parameters");
+        if (p != parameters[g].front() || !is_kept) continue;  // none is saved before the first step
+        const std::string full_key = "state." + *name;
+        lbfgs_state_from(state.at(*name).as<StateDict>(), p->slice, full_key);
+        load.writes.push_back({&state.at(*name), [&optimizer, p, full_key](const StateValue& value) {
+                                 state_of<LBFGSParamState>(optimizer, p->slice) =
+                                     lbfgs_state_from(value.as<StateDict>(), p->slice.detach(), full_key);
+                               }});
+        continue;
       }
-      writes.emplace_back([&options, loaded] {
-        auto to = group_fields(options);
-        const auto from = group_fields(*loaded);
-        for (size_t i = 0; i < to.size(); ++i) {
-          if (to[i].set) to[i].set(from[i].get());
-        }
-      });
-
-      for (const ShardedParameter* p : parameters[g]) {
-        if (!p->slice.requires_grad()) continue;
-        const ParameterState values = parameter_state(optimizer, p->slice, *loaded);
-        if (values.tensors.empty()) continue;
-        const std::string& name = p->names.front();
-        const StateDict& entry = find(state, name, "state." + name).as<StateDict>();
-        for (const auto& [key, tensor] : values.tensors) {
-          const std::string full_key = "state." + name + "." + key;
-          const StateValue& value = find(entry, key, full_key);
-          check_fills(value, range_of(*p, *tensor), full_key);
-          writes.emplace_back([&value, p, t = *tensor] { fill(value, range_of(*p, t)); });
-        }
-        if (values.step != nullptr) {
-          const std::string full_key = "state." + name + ".step";
-          const double step =
-              with_error_context({.key = full_key}, [&] { return as_number(find(entry, "step", full_key)); });
-          writes.emplace_back([counter = values.step, step] { *counter = static_cast<int64_t>(step); });
-        }
+      if (!p->slice.requires_grad()) continue;
+      const ParameterState values = parameter_state(optimizer, p->slice, *loaded);
+      if (values.tensors.empty()) continue;
+      if (!is_kept) {
+        const std::string full_key = "state." + p->names.front();
+        if (load.strict)
+          throw Error(ErrorCode::kNotFound, "missing from the optimizer's state dict", {.key = full_key});
+        load.missing.push_back(full_key);
+        continue;
+      }
+      const StateDict& entry = state.at(*name).as<StateDict>();
+      for (const auto& [key, tensor] : values.tensors) {
+        const std::string full_key = "state." + *name + "." + key;
+        const StateValue& value = find(entry, key, full_key);
+        check_fills(value, range_of(*p, *tensor), full_key);
+        load.writes.push_back({&value, [p, whole, t = *tensor](const StateValue& v) {
+                                 if (whole) {
+                                   fill_tensor(v, t);
+                                 } else {
+                                   fill(v, range_of(*p, t));
+                                 }
+                               }});
+      }
+      if (values.step != nullptr) {
+        const std::string full_key = "state." + *name + ".step";
+        const double step =
+            with_error_context({.key = full_key}, [&] { return as_number(find(entry, "step", full_key)); });
+        load.writes.push_back(
+            {nullptr, [counter = values.step, step](const StateValue&) { *counter = static_cast<int64_t>(step); }});
       }
     }
-  });
-  for (const auto& write : writes) write();
+  }
+}
+
+std::vector<std::vector<std::string>> names_of_groups(Optimizer& optimizer, const std::vector<ShardedParameter>& all) {
+  std::vector<std::vector<std::string>> result;
+  for (const auto& group : parameters_of(optimizer, all)) {
+    auto& names = result.emplace_back();
+    for (const ShardedParameter* p : group) names.push_back(p->names.front());
+  }
+  return result;
+}
+
+StateDict optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model) {
+  return read_optimizer(optimizer, model.sharded_parameters(), /*whole=*/false);
+}
+
+void load_optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model, const StateDict& dict) {
+  OptimizerLoad load;  // nothing is written before all is checked
+  with_error_context({.rank = model.process_group().rank()},
+                     [&] { plan_optimizer_load(optimizer, model.sharded_parameters(), /*whole=*/false, dict, load); });
+  for (const StateWrite& write : load.writes) write.apply(write.value == nullptr ? StateValue() : *write.value);
 }
 
 }  // namespace reshard

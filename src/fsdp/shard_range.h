@@ -23,5 +23,7 @@ struct ShardRange {
 void check_fills(const StateValue& value, const ShardRange& range, const std::string& key);
 /// Copies what check_fills accepted. Memory that is the range's own already is left alone.
 void fill(const StateValue& value, const ShardRange& range);
+/// The same into a whole tensor with any strides.
+void fill_tensor(const StateValue& value, const at::Tensor& tensor);
 
 }  // namespace reshard

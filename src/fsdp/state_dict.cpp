@@ -102,6 +102,14 @@ void fill(const StateValue& value, const ShardRange& range) {
   }
 }
 
+void fill_tensor(const StateValue& value, const at::Tensor& tensor) {
+  const at::NoGradGuard no_grad;
+  const Dims shape = to_dims(tensor.sizes());
+  const at::Tensor dense = tensor.detach().contiguous();
+  fill(value, {shape, 0, dense.numel(), dense.view(-1)});
+  if (!tensor.is_contiguous()) tensor.detach().copy_(dense);
+}
+
 StateDict ShardedModule::state_dict(StateDictType type) const {
   // What was gathered is let go, since the caller may write into the shards without a trace.
   engine_->reshard();
@@ -156,14 +164,8 @@ void ShardedModule::load_state_dict(const StateDict& state) {
     const FsdpEngine::Entry& entry = *entries.at(key);
     if (entry.parameter) {
       fill(value, range_of(*entry.parameter));
-    } else if (entry.buffer.is_contiguous()) {
-      const Dims shape = to_dims(entry.buffer.sizes());
-      fill(value, {shape, 0, entry.buffer.numel(), entry.buffer.view(-1)});
     } else {
-      const Dims shape = to_dims(entry.buffer.sizes());
-      const at::Tensor dense = entry.buffer.contiguous();
-      fill(value, {shape, 0, dense.numel(), dense.view(-1)});
-      entry.buffer.copy_(dense);
+      fill_tensor(value, entry.buffer);
     }
   }
   engine_->note_load();

@@ -160,6 +160,8 @@ class ShardedModule {
   const ProcessGroup& process_group() const;
   /// Names of the units, the root ("") first.
   std::vector<std::string> unit_names() const;
+  /// The module that was wrapped.
+  const torch::nn::Module& root() const;
 
   const std::shared_ptr<FsdpEngine>& engine() const { return engine_; }
 
