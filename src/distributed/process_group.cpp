@@ -27,6 +27,7 @@ namespace {
 
 constexpr std::chrono::milliseconds kStoreGrace{500};  // from the end of a wait to the store's word on it
 constexpr int kAllGatherTag = 0x5a6;                   // of the messages that make up an all-gather
+constexpr int kPairTag = 0x5a7;                        // of send and recv
 
 std::string join(const std::vector<int>& values) {
   std::string text;
@@ -188,7 +189,8 @@ c10d::Backend& ProcessGroup::backend(c10::DeviceType device) const {
   return *it->second;
 }
 
-void ProcessGroup::run(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch) {
+void ProcessGroup::run(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch,
+                       std::chrono::milliseconds timeout) {
   c10d::Backend& used = backend(input.device().type());
   ++traffic_.collectives;
   traffic_.bytes += input.nbytes();
@@ -198,11 +200,11 @@ void ProcessGroup::run(const char* what, at::Tensor& output, at::Tensor& input, 
       const bool in_place = output.is_same(input);
       at::Tensor host_input = input.cpu();
       at::Tensor host_output = in_place ? host_input : at::empty_like(output, output.options().device(c10::kCPU));
-      launch(used, host_output, host_input)->wait();
+      launch(used, host_output, host_input)->wait(timeout);
       output.copy_(host_output);
       return;
     }
-    launch(used, output, input)->wait();
+    launch(used, output, input)->wait(timeout);  // none given: the group's
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {
@@ -272,6 +274,28 @@ void ProcessGroup::broadcast(at::Tensor& tensor, int root) {
     std::vector<at::Tensor> tensors{out};
     return b.broadcast(tensors, options);
   });
+}
+
+void ProcessGroup::send(at::Tensor& tensor, int to, std::chrono::milliseconds timeout) {
+  const std::string what = "send to rank " + std::to_string(to);
+  run(
+      what.c_str(), tensor, tensor,
+      [&](c10d::Backend& b, at::Tensor&, at::Tensor& in) {
+        std::vector<at::Tensor> tensors{in};
+        return b.send(tensors, to, kPairTag);
+      },
+      timeout);
+}
+
+void ProcessGroup::recv(at::Tensor& tensor, int from, std::chrono::milliseconds timeout) {
+  const std::string what = "receive from rank " + std::to_string(from);
+  run(
+      what.c_str(), tensor, tensor,
+      [&](c10d::Backend& b, at::Tensor& out, at::Tensor&) {
+        std::vector<at::Tensor> tensors{out};
+        return b.recv(tensors, from, kPairTag);
+      },
+      timeout);
 }
 
 void ProcessGroup::barrier() {

@@ -38,12 +38,15 @@ struct Kind {
 std::vector<Kind> kinds() {
   using namespace torch::optim;
   return {
-      {"AdamW", [](Parameters p) { return std::make_unique<AdamW>(std::move(p), AdamWOptions(1e-2).amsgrad(true)); }},
-      {"Adam", [](Parameters p) { return std::make_unique<Adam>(std::move(p), AdamOptions(1e-2)); }},
+      {"AdamW",
+       [](Parameters p) { return std::make_unique<AdamW>(std::move(p), AdamWOptions(1e-2).amsgrad(true).eps(1e-3)); }},
+      {"Adam", [](Parameters p) { return std::make_unique<Adam>(std::move(p), AdamOptions(1e-2).eps(1e-3)); }},
       {"SGD", [](Parameters p) { return std::make_unique<SGD>(std::move(p), SGDOptions(1e-2).momentum(0.9)); }},
-      {"Adagrad", [](Parameters p) { return std::make_unique<Adagrad>(std::move(p), AdagradOptions(1e-2)); }},
+      {"Adagrad", [](Parameters p) { return std::make_unique<Adagrad>(std::move(p), AdagradOptions(1e-2).eps(1e-3)); }},
       {"RMSprop",
-       [](Parameters p) { return std::make_unique<RMSprop>(std::move(p), RMSpropOptions(1e-2).centered(true)); }},
+       [](Parameters p) {
+         return std::make_unique<RMSprop>(std::move(p), RMSpropOptions(1e-2).centered(true).eps(1e-3));
+       }},
   };
 }
 

@@ -65,6 +65,10 @@ class ProcessGroup {
   void all_reduce_max(at::Tensor& tensor);
   /// `root` is a rank of the group.
   void broadcast(at::Tensor& tensor, int root);
+  /// To and from one other rank of the group, which calls the other of the two; pairs of calls match in order. Block until the tensor may
+  /// be changed (send) or has its elements (recv). Dense tensors of equal sizes and dtypes. `timeout` replaces the group's.
+  void send(at::Tensor& tensor, int to, std::chrono::milliseconds timeout);
+  void recv(at::Tensor& tensor, int from, std::chrono::milliseconds timeout);
   /// Waits for every member; travels over the store, so it needs no device.
   void barrier();
 
@@ -74,7 +78,8 @@ class ProcessGroup {
 
  private:
   using Launch = std::function<c10::intrusive_ptr<c10d::Work>(c10d::Backend&, at::Tensor& output, at::Tensor& input)>;
-  void run(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch);
+  void run(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch,
+           std::chrono::milliseconds timeout = std::chrono::milliseconds(0));
 
   std::string name_;
   int rank_;
