@@ -34,6 +34,7 @@ constexpr double kLossTolerance64 = 1e-9;
 constexpr double kPeakLimit = 1.1;
 constexpr int kSteps = 20;
 constexpr int kSaveAt = 10;
+constexpr int kHandBackAt = 15;  // PyTorch trains from kSaveAt to here
 
 struct Row {
   std::string step;
@@ -213,10 +214,11 @@ class MainJob {
         kLossTolerance, kLossTolerance64);
     const std::string program = (bin_ / "train_lm").string();
     const fs::path checkpoint = work_ / "train" / ("step-" + std::to_string(kSaveAt));
-    const auto train = [&](int ranks, const std::string& log, std::vector<std::string> extra) {
+    const auto train = [&](int ranks, const std::string& log, std::vector<std::string> extra,
+                           const char* directory = "train") {
       std::vector<std::string> argv{program,
                                     "--checkpoint",
-                                    (work_ / "train").string(),
+                                    (work_ / directory).string(),
                                     "--steps",
                                     std::to_string(kSteps),
                                     "--log",
@@ -284,16 +286,33 @@ class MainJob {
              RESHARD_SOURCE_DIR, "--log", (work_ / "python.jsonl").string()},
             3);
     });
+    resumed("C++ on 4, PyTorch FSDP on 2, C++ on 3", 3, "relay.jsonl", [&] {
+      judge_takes_over(checkpoint, "relay", {});
+      train(3, "relay.jsonl", {"--resume", "--resume-step", std::to_string(kHandBackAt)}, "relay");
+    });
+  }
+
+  /// PyTorch FSDP on 2 ranks trains from `checkpoint` to kHandBackAt and saves into `directory`; its losses go to a log of that name.
+  void judge_takes_over(const fs::path& checkpoint, const std::string& directory, std::vector<std::string> extra) {
+    std::vector<std::string> argv{"continue", checkpoint.string(),
+                                  "--ranks",  "2",
+                                  "--steps",  std::to_string(kHandBackAt),
+                                  "--text",   RESHARD_SOURCE_DIR,
+                                  "--log",    (work_ / (directory + ".jsonl")).string(),
+                                  "--save",   (work_ / directory / ("step-" + std::to_string(kHandBackAt))).string()};
+    argv.insert(argv.end(), extra.begin(), extra.end());
+    judge(argv, 2);
   }
 
   /// The same model and data in float64, where only errors of method are left: unsharded, sharded, and in PyTorch's own FSDP
   /// from our checkpoint.
   void float64() {
     const fs::path checkpoint = work_ / "train64" / ("step-" + std::to_string(kSaveAt));
-    const auto train = [&](int ranks, const std::string& log, std::vector<std::string> extra) {
+    const auto train = [&](int ranks, const std::string& log, std::vector<std::string> extra,
+                           const char* directory = "train64") {
       std::vector<std::string> argv{(bin_ / "train_lm").string(),
                                     "--checkpoint",
-                                    (work_ / "train64").string(),
+                                    (work_ / directory).string(),
                                     "--steps",
                                     std::to_string(kSteps),
                                     "--log",
@@ -326,6 +345,11 @@ class MainJob {
              RESHARD_SOURCE_DIR, "--log", (work_ / "python64.jsonl").string(), "--float64"},
             3);
       return agreement(largest_difference(plain, losses(work_ / "python64.jsonl")), kLossTolerance64);
+    });
+    row("float64: C++ on 2, PyTorch FSDP on 2, C++ on 3", 3, "cpu", checkpoint, [&] {
+      judge_takes_over(checkpoint, "relay64", {"--float64"});
+      train(3, "relay64.jsonl", {"--resume", "--resume-step", std::to_string(kHandBackAt)}, "relay64");
+      return agreement(largest_difference(plain, losses(work_ / "relay64.jsonl")), kLossTolerance64);
     });
   }
 

@@ -149,6 +149,11 @@ std::vector<GroupField> group_fields(OptimizerOptions& options) {
               {.wanted = "SGD, Adam, AdamW, Adagrad, RMSprop or LBFGS"});
 }
 
+/// Of the tensor that PyTorch counts steps with.
+at::ScalarType dtype_of_step() {
+  return c10::get_default_dtype_as_scalartype() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 template <class State>
 State& state_of(Optimizer& optimizer, const at::Tensor& slice) {
   auto& entry = optimizer.state()[slice.unsafeGetTensorImpl()];
@@ -390,7 +395,7 @@ StateDict read_optimizer(Optimizer& optimizer, const std::vector<ShardedParamete
       const ParameterState values = parameter_state(optimizer, p->slice, options);
       if (values.tensors.empty()) continue;
       StateDict entry;
-      if (values.step != nullptr) entry["step"] = at::full({}, static_cast<double>(*values.step), at::kFloat);
+      if (values.step != nullptr) entry["step"] = at::full({}, static_cast<double>(*values.step), dtype_of_step());
       for (const auto& [key, tensor] : values.tensors) {
         if (whole) {
           entry[key] = *tensor;

@@ -7,7 +7,8 @@
   judge.py peer DIR --digest FILE --ranks N              on 1 to N ranks each: everything as FSDP, fully_shard, DTensor, ShardedTensor and plain;
                                                          FILE: {"tensors": {key: SHA-256}, "lr": {optimizer: learning rate}}
   judge.py fsdp DIR --digest FILE --ranks N --model linear|lm     FSDP on N ranks loads it
-  judge.py continue DIR --ranks N --steps S --text T --seed K --log FILE    FSDP and AdamW on N ranks go on training; losses go to FILE
+  judge.py continue DIR --ranks N --steps S --text T --seed K --log FILE [--save DIR]
+                                                         FSDP and AdamW on N ranks go on training; losses go to FILE, the state at the end to DIR
 """
 import argparse
 import json
@@ -215,6 +216,10 @@ def continue_rank(rank, args, port):
     if rank == 0:
         with open(args.log, "w") as f:
             f.write("\n".join(lines) + "\n")
+    if args.save:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.save({"model": model_state, "optim": optimizer_state, "step": args.steps}, checkpoint_id=args.save)
+    if rank == 0:
         print(f"PyTorch FSDP on {args.ranks} ranks trained steps {state['step'] + 1} to {args.steps}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
@@ -232,6 +237,7 @@ def main():
     parser.add_argument("--text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log")
+    parser.add_argument("--save")
     parser.add_argument("--float64", action="store_true")
     args = parser.parse_args()
     wanted = json.load(open(args.digest)) if args.digest else None
