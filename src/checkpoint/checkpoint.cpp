@@ -4,8 +4,24 @@
 #include "checkpoint/group_transport.h"
 #include "checkpoint/load_state.h"
 #include "checkpoint/save_state.h"
+#include "reshard/core/error.h"
 
 namespace reshard {
+namespace {
+
+/// The directory that an id names.
+const std::string& directory_of(const std::string& checkpoint_id) {
+  if (checkpoint_id.empty())
+    throw Error(ErrorCode::kInvalidArgument, "checkpoint_id must be specified, or a storage writer or reader");
+  if (checkpoint_id.find("://") != std::string::npos) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "Cannot detect a storage for this checkpoint_id: give a storage writer or reader",
+                {.wanted = "the path of a directory", .found = checkpoint_id});
+  }
+  return checkpoint_id;
+}
+
+}  // namespace
 
 SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions& options) {
   const auto transport = make_transport(options.process_group, options.silence_timeout);
@@ -19,6 +35,10 @@ SaveResult save(const StateDict& state, StorageWriter&& writer, const SaveOption
   return save(state, writer, options);
 }
 
+SaveResult save(const StateDict& state, const std::string& checkpoint_id, const SaveOptions& options) {
+  return save(state, FileSystemWriter(directory_of(checkpoint_id)), options);
+}
+
 LoadReport load(StateDict& state, StorageReader& reader, const LoadOptions& options) {
   const auto transport = make_transport(options.process_group, options.silence_timeout);
   DefaultLoadPlanner default_planner({.allow_partial_load = options.allow_partial_load,
@@ -30,6 +50,10 @@ LoadReport load(StateDict& state, StorageReader& reader, const LoadOptions& opti
 
 LoadReport load(StateDict& state, StorageReader&& reader, const LoadOptions& options) {
   return load(state, reader, options);
+}
+
+LoadReport load(StateDict& state, const std::string& checkpoint_id, const LoadOptions& options) {
+  return load(state, FileSystemReader(directory_of(checkpoint_id)), options);
 }
 
 }  // namespace reshard

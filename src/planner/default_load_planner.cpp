@@ -102,8 +102,8 @@ void check_covered(const std::string& fqn, const Box& dest_chunk, std::span<cons
       {.key = fqn, .wanted = to_string(dest_chunk)});
 }
 
-void append_read_items(const std::string& fqn, const TensorStorageMetadata& stored, const ChunkIndex& index,
-                       const Box& dest_chunk, int64_t dest_index, std::vector<ReadItem>& out) {
+void append_read_items(const std::string& fqn, const std::string& stored_fqn, const TensorStorageMetadata& stored,
+                       const ChunkIndex& index, const Box& dest_chunk, int64_t dest_index, std::vector<ReadItem>& out) {
   if (volume(dest_chunk.sizes) == 0) return;
   const size_t rank = stored.size.size();
   const size_t first = out.size();
@@ -111,7 +111,7 @@ void append_read_items(const std::string& fqn, const TensorStorageMetadata& stor
     const Box& chunk = stored.chunks[s];
     ReadItem item;
     item.dest_index = {fqn, dest_chunk.offsets, dest_index};
-    item.storage_index = {fqn, chunk.offsets, static_cast<int64_t>(s)};
+    item.storage_index = {stored_fqn, chunk.offsets, static_cast<int64_t>(s)};
     item.dest_offsets = Dims(rank, 0);
     item.storage_offsets = Dims(rank, 0);
     item.lengths = Dims(rank, 0);
@@ -165,8 +165,8 @@ void DefaultLoadPlanner::set_up_planner(LoadState& state, const Metadata& metada
   places_.clear();
   report_ = {};
 
-  std::unordered_set<std::string_view> wanted;
-  for (const StateEntry& entry : state.entries(FlattenRule::kCurrent)) wanted.insert(entry.fqn);
+  std::unordered_set<std::string> wanted;
+  for (const StateEntry& entry : state.entries(FlattenRule::kCurrent)) wanted.insert(stored_name(entry.fqn));
   const auto is_unwanted = [&](const std::string& fqn) {
     return metadata.state_dict_metadata.contains(fqn) && !wanted.contains(fqn);
   };
@@ -174,7 +174,7 @@ void DefaultLoadPlanner::set_up_planner(LoadState& state, const Metadata& metada
   if (std::all_of(stored.begin(), stored.end(), [&](const auto& item) { return wanted.contains(item.first); })) return;
   // The older rule may find what the newer one does not.
   for (const StateEntry& entry : state.entries(FlattenRule::kBefore24)) {
-    if (!is_unwanted(entry.fqn)) continue;
+    if (!is_unwanted(stored_name(entry.fqn))) continue;
     rule_ = FlattenRule::kBefore24;
     return;
   }
@@ -188,14 +188,17 @@ LoadPlan DefaultLoadPlanner::create_local_plan() {
   places_.reserve(entries.size());
   report_ = {};
 
-  std::unordered_set<std::string_view> wanted;
+  std::unordered_set<std::string_view> names;
+  std::unordered_set<std::string> wanted;  // as they are stored; two names may want one thing
   for (size_t e = 0; e < entries.size(); ++e) {
     const StateEntry& entry = entries[e];
-    if (!wanted.insert(entry.fqn).second) {
+    if (!names.insert(entry.fqn).second) {
       throw Error(ErrorCode::kInvalidArgument, "two values of the state dict have the same flattened name",
                   {.key = entry.fqn});
     }
-    const StorageMetadata* stored = metadata_->state_dict_metadata.find(entry.fqn);
+    const std::string stored_fqn = stored_name(entry.fqn);
+    wanted.insert(stored_fqn);
+    const StorageMetadata* stored = metadata_->state_dict_metadata.find(stored_fqn);
     if (stored == nullptr) {
       report_.missing.push_back(entry.fqn);
       continue;
@@ -209,12 +212,12 @@ LoadPlan DefaultLoadPlanner::create_local_plan() {
                    .found = wants_tensor ? "a value that is not a tensor" : "a tensor"});
     }
     if (wants_tensor) {
-      plan_tensor(e, *stored_tensor, plan);
+      plan_tensor(e, stored_fqn, *stored_tensor, plan);
     } else {
       ReadItem item;
       item.is_bytes = true;
       item.dest_index.fqn = entry.fqn;
-      item.storage_index.fqn = entry.fqn;
+      item.storage_index.fqn = stored_fqn;
       places_.try_emplace(item.dest_index, Place{e, 0, {}, DType::kUInt8});
       plan.items.push_back(std::move(item));
     }
@@ -233,7 +236,8 @@ LoadPlan DefaultLoadPlanner::create_local_plan() {
   return plan;
 }
 
-void DefaultLoadPlanner::plan_tensor(size_t entry_index, const TensorStorageMetadata& stored, LoadPlan& plan) {
+void DefaultLoadPlanner::plan_tensor(size_t entry_index, const std::string& stored_fqn,
+                                     const TensorStorageMetadata& stored, LoadPlan& plan) {
   const StateEntry& entry = state().entries(rule_)[entry_index];
   const auto& tensor = std::get<TensorEntry>(entry.value);
   const std::string& fqn = entry.fqn;
@@ -258,7 +262,7 @@ void DefaultLoadPlanner::plan_tensor(size_t entry_index, const TensorStorageMeta
     }
     report_.cast.push_back(fqn + ": " + from + " -> " + to);
   }
-  check_stored_boxes(fqn, stored);
+  check_stored_boxes(stored_fqn, stored);
   const ChunkIndex index(stored.chunks, tensor.chunks.size());
   for (size_t c = 0; c < tensor.chunks.size(); ++c) {
     const Box& chunk = tensor.chunks[c];
@@ -272,7 +276,7 @@ void DefaultLoadPlanner::plan_tensor(size_t entry_index, const TensorStorageMeta
       throw Error(ErrorCode::kInvalidArgument, "two chunks of a tensor start at the same offsets",
                   {.key = fqn, .found = to_string(chunk)});
     }
-    append_read_items(fqn, stored, index, chunk, static_cast<int64_t>(c), plan.items);
+    append_read_items(fqn, stored_fqn, stored, index, chunk, static_cast<int64_t>(c), plan.items);
   }
 }
 
@@ -291,7 +295,9 @@ MutableTensorView DefaultLoadPlanner::resolve_tensor(const ReadItem& item) {
 
 void DefaultLoadPlanner::commit_tensor(const ReadItem& item, const MutableTensorView& view) {
   const Place& where = place(item.dest_index);
-  state().commit_tensor(rule_, where.entry, where.chunk, region_of(item, where.offsets), view);
+  const Box region = region_of(item, where.offsets);
+  if (options_.transform) options_.transform(item.dest_index.fqn.str(), region, view);
+  state().commit_tensor(rule_, where.entry, where.chunk, region, view);
 }
 
 void DefaultLoadPlanner::load_bytes(const ReadItem& item, ByteSpan archive) {
@@ -306,7 +312,7 @@ std::vector<ReadItem> create_read_items_for_chunk(const std::string& fqn, const 
                 {.key = fqn, .wanted = "a box inside " + to_string(stored.size), .found = to_string(dest_chunk)});
   }
   std::vector<ReadItem> items;
-  append_read_items(fqn, stored, ChunkIndex(stored.chunks, 1), dest_chunk, 0, items);
+  append_read_items(fqn, fqn, stored, ChunkIndex(stored.chunks, 1), dest_chunk, 0, items);
   return items;
 }
 

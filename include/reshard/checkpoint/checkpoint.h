@@ -59,11 +59,14 @@ struct LoadOptions {
 /// conjugated or negated ones through a copy); do not change them meanwhile.
 SaveResult save(const StateDict& state, StorageWriter& writer, const SaveOptions& options = {});
 SaveResult save(const StateDict& state, StorageWriter&& writer, const SaveOptions& options = {});
+/// The storage is found by the id: the path of a directory. An empty one, or one with a scheme ("s3://..."), is kInvalidArgument.
+SaveResult save(const StateDict& state, const std::string& checkpoint_id, const SaveOptions& options = {});
 
 /// Loads the keys of `state` from a checkpoint saved by any number of ranks in any layout. Tensors and shards are
 /// filled in place; every other value is replaced by the stored one. Keys that only the checkpoint has are left alone
 /// (LoadReport::unexpected). When planning fails on any rank (missing key, shape, dtype), nothing was touched on any.
 LoadReport load(StateDict& state, StorageReader& reader, const LoadOptions& options = {});
 LoadReport load(StateDict& state, StorageReader&& reader, const LoadOptions& options = {});
+LoadReport load(StateDict& state, const std::string& checkpoint_id, const LoadOptions& options = {});
 
 }  // namespace reshard

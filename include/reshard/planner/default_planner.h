@@ -4,7 +4,9 @@
 // saved tensor is whole (its chunks tile it exactly, or the save fails naming the hole or overlap and the ranks), what
 // is loaded is whole, and a dtype is never cast silently.
 
+#include <functional>
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -56,6 +58,12 @@ struct DefaultLoadPlannerOptions {
   bool allow_cast = false;
   /// A tensor whose stored shape differs from the wanted one is left as it is (and reported) instead of being an error.
   bool allow_shape_mismatch = false;
+  /// From the fully qualified name that the destination has to the one that the checkpoint has, where they differ. Null: they are the
+  /// same. Called while planning, for every name, on one thread.
+  std::function<std::string(const std::string& fqn)> rename = {};
+  /// Changes what was read, before it is cast and taken: `region` (in coordinates of the whole tensor) of the destination `fqn`, in the stored
+  /// dtype, in place. Called once for each part that is read, from any thread.
+  std::function<void(const std::string& fqn, const Box& region, const MutableTensorView& view)> transform = {};
 };
 
 /// Reads what the destination wants and no more. A checkpoint of torch before 2.4, whose flat names differ, is
@@ -79,7 +87,9 @@ class DefaultLoadPlanner final : public LoadPlanner {
   };
   LoadState& state() const;
   const Place& place(const MetadataIndex& index) const;
-  void plan_tensor(size_t entry_index, const TensorStorageMetadata& stored, LoadPlan& plan);
+  std::string stored_name(const std::string& fqn) const { return options_.rename ? options_.rename(fqn) : fqn; }
+  void plan_tensor(size_t entry_index, const std::string& stored_fqn, const TensorStorageMetadata& stored,
+                   LoadPlan& plan);
 
   DefaultLoadPlannerOptions options_;
   LoadState* state_ = nullptr;

@@ -77,6 +77,7 @@ class StateValue {
   StateValue() = default;
   StateValue(None) {}
   StateValue(bool v) : value_(v) {}
+  StateValue(const void*) = delete;  // a pointer is no bool
   StateValue(int v) : value_(int64_t{v}) {}
   StateValue(int64_t v) : value_(v) {}
   StateValue(double v) : value_(v) {}
