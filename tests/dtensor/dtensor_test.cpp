@@ -4,39 +4,13 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include "dtensor/layouts.h"
 #include "reshard/state_dict/state_dict.h"
 #include "reshard/testing/torch_distributed_test.h"
 #include "support/expect_error.h"
 
 namespace reshard {
 namespace {
-
-at::Tensor counting(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  int64_t n = 1;
-  for (const int64_t size : sizes) n *= size;
-  return (at::arange(n, at::kLong).remainder(251) + 1).to(options).view(sizes);
-}
-
-/// Every placement on a mesh of `mesh_dims` dimensions of a tensor of `rank` dimensions.
-std::vector<Placements> all_placements(size_t mesh_dims, int64_t rank) {
-  std::vector<Placements> result{{}};
-  for (size_t m = 0; m < mesh_dims; ++m) {
-    std::vector<Placements> longer;
-    for (const Placements& before : result) {
-      const auto add = [&](const Placement& placement) {
-        longer.push_back(before);
-        longer.back().push_back(placement);
-      };
-      add(Replicate());
-      for (int64_t d = 0; d < rank; ++d) {
-        add(Shard(d));
-        add(StridedShard(d, 2));
-      }
-    }
-    result = std::move(longer);
-  }
-  return result;
-}
 
 void expect_part_of(const DTensor& tensor, const at::Tensor& whole) {
   for (const LocalShard& shard : tensor.shards()) {
@@ -54,7 +28,8 @@ RESHARD_DEVICE_TEST(DTensorTest, EveryPlacementBecomesWholeAndEveryOther, .ranks
   const at::Tensor whole = counting({5, 3}, at::TensorOptions(at::kFloat).device(device()));
   const at::Tensor tiny = counting({1, 3}, at::TensorOptions(at::kHalf).device(device()));
   for (const DeviceMesh& mesh : {init_device_mesh({4}), init_device_mesh({2, 2})}) {
-    const auto placements = all_placements(mesh.ndim(), 2);
+    const auto placements =
+        all_placements(mesh.ndim(), {Replicate(), Shard(0), Shard(1), StridedShard(0, 2), StridedShard(1, 2)});
     for (const Placements& from : placements) {
       SCOPED_TRACE(to_string(from) + " over " + to_string(mesh.shape()));
       const DTensor tensor = distribute_tensor(whole, mesh, from);
