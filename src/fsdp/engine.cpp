@@ -236,6 +236,16 @@ FsdpEngine::FsdpEngine(std::shared_ptr<torch::nn::Module> module, const std::sha
                        FsdpOptions options)
     : module_(std::move(module)), options_(std::move(options)) {
   if (!module_) throw Error(ErrorCode::kInvalidArgument, "no module to shard");
+  if (options_.mesh) {
+    const size_t dims = options_.mesh->ndim();
+    if (options_.process_group)
+      throw Error(ErrorCode::kInvalidArgument, "FsdpOptions has a process group and a mesh: one says it all");
+    if (dims > 2) {
+      throw Error(ErrorCode::kInvalidArgument, "cannot shard a model over such a mesh: take a submesh",
+                  {.wanted = "1 dimension (shard) or 2 (replicate, shard)", .found = std::to_string(dims)});
+    }
+    options_.process_group = options_.mesh->get_group(dims - 1);
+  }
   if (!options_.process_group) options_.process_group = default_process_group();
   group().rank();  // throws for a rank that is not a member
   Discovered found = discover(*module_);
@@ -266,6 +276,7 @@ void FsdpEngine::require_same_on_all_ranks(const Discovered& found) const {
   extremes[1].fill_(~hash);  // its largest is the complement of the smallest hash
   if (!group().has_backend(c10::kCPU)) extremes = extremes.to(options_.device);
   group().all_reduce_max(extremes);
+  if (ProcessGroup* replicas = replica_group(options_)) replicas->all_reduce_max(extremes);
   if (extremes[0].item<int64_t>() == ~extremes[1].item<int64_t>()) return;
   throw Error(
       ErrorCode::kInvalidArgument,
@@ -371,6 +382,7 @@ void FsdpEngine::build_buffers(const std::shared_ptr<Recording>& recording,
       const at::Tensor dense = buffer.is_contiguous() ? buffer : buffer.contiguous();
       at::Tensor bytes = byte_view(dense);
       group().broadcast(bytes, 0);
+      if (ProcessGroup* replicas = replica_group(options_)) replicas->broadcast(bytes, 0);
       if (!dense.is_same(buffer)) buffer.copy_(dense);
     }
   }

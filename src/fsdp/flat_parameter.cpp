@@ -46,6 +46,11 @@ at::Tensor alias_range(const at::Tensor& base, int64_t offset, int64_t numel) {
   return at::empty({0}, base.options()).set_(base.storage(), base.storage_offset() + offset, {numel}, {1});
 }
 
+ProcessGroup* replica_group(const FsdpOptions& options) {
+  if (!options.mesh || options.mesh->ndim() < 2 || options.mesh->size(0) == 1) return nullptr;
+  return options.mesh->get_group(0).get();
+}
+
 FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std::vector<ShardedParameter>& parameters,
                              const FsdpOptions& options, FsdpMemoryStats& stats,
                              const std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>& values)
@@ -53,6 +58,7 @@ FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std:
       members_(std::move(members)),
       parameters_(&parameters),
       group_(options.process_group.get()),
+      replicas_(replica_group(options)),
       layout_(options.layout),
       poison_freed_(options.poison_freed),
       requires_grad_(members_.front().handle.requires_grad()),
@@ -104,6 +110,8 @@ FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std:
   shard_ = at::zeros({shard_numel_}, tensor_options);
   shard_bytes_ = byte_view(shard_);
   write_back();
+  // Rows that start apart would stay apart. This is where they get what sync_module_states has sent over the first one, too.
+  if (replicas_ != nullptr && shard_numel_ > 0) replicas_->broadcast(shard_bytes_, 0);
   refused_ = at::Tensor(keyed_tensor(c10::Storage(c10::Storage::use_byte_size_t(), bytes(),
                                                   at::DataPtr(nullptr, full_.device()), nullptr, /*resizable=*/false),
                                      full_, 0, Dims{full_.numel()}));
@@ -275,6 +283,10 @@ void FlatParameter::reduce_gradient() {
       output = at::view_as_real(output).view(-1);
     }
     group_->reduce_scatter_into(output, input, /*average=*/true);
+    if (replicas_ != nullptr) {
+      output.div_(replicas_->size());  // before the sum, which might overflow
+      replicas_->all_reduce_sum(output);
+    }
   }
   ++stats_.reductions;
   for (Member& member : members_) {

@@ -22,6 +22,9 @@ at::Tensor byte_view(const at::Tensor& tensor);
 /// A tensor over part of the dense `base` that is no view to autograd: `offset` in elements.
 at::Tensor alias_range(const at::Tensor& base, int64_t offset, int64_t numel);
 
+/// The ranks that hold the same shards as this one; null where there are no others.
+ProcessGroup* replica_group(const FsdpOptions& options);
+
 class FlatParameter {
  public:
   struct Member {
@@ -78,7 +81,8 @@ class FlatParameter {
   /// True if nobody has written or replaced the slice's gradient since the last reduction (or scaling).
   bool gradient_is_as_left(const Member& member) const;
   bool has_gradient() const { return flat_grad_.defined(); }
-  /// Averages and reduce-scatters the flat gradient into the slices' grads (a collective), and frees it.
+  /// Averages and reduce-scatters the flat gradient into the slices' grads (a collective, then one over the replicas),
+  /// and frees it.
   void reduce_gradient();
   /// Forgets which gradients arrived in this pass; the flat gradient stays.
   void end_pass();
@@ -105,6 +109,7 @@ class FlatParameter {
   std::vector<Member> members_;
   std::vector<ShardedParameter>* parameters_;
   ProcessGroup* group_;
+  ProcessGroup* replicas_;  // the ranks that hold the same shard; null: only this one
   ShardLayout layout_;
   bool poison_freed_;
   bool requires_grad_;

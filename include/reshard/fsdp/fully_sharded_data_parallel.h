@@ -15,6 +15,15 @@
 //   model(x).sum().backward();
 //   optimizer.step();
 //
+// On a mesh of two dimensions (HSDP) each row of ranks holds the whole model, sharded as above. Gathers stay inside a row;
+// gradients are reduce-scattered inside it and then averaged over the rows, so that all ranks train one model:
+//
+//   const DeviceMesh mesh = init_device_mesh({2, 4}, {.dim_names = {"replicate", "shard"}});
+//   auto model = reshard::FullyShardedDataParallel(Net(1024), {.mesh = mesh});
+//
+// The rows start equal: with the parameters of the first one, whatever the others were built with. In a save each byte
+// is written by one of them.
+//
 // What a touch does is a collective, so every rank must run the same operations in the same order, and a parameter
 // unused in the forward pass must be unused on all ranks. Reading a parameter outside of a forward pass, a backward
 // pass and SummonFullParams is kFailedPrecondition, and so is a backward pass that needs a parameter which an optimizer
@@ -26,11 +35,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "reshard/distributed/device_mesh.h"
 #include "reshard/distributed/process_group.h"
 #include "reshard/fsdp/meta.h"
 #include "reshard/fsdp/wrap_policy.h"
@@ -57,13 +68,16 @@ enum class StateDictType : uint8_t {
 };
 
 struct FsdpOptions {
-  /// The ranks that share the parameters; null: the default group.
+  /// The ranks that share the parameters; null: the default group, where there is no mesh.
   std::shared_ptr<ProcessGroup> process_group = nullptr;
+  /// In place of process_group. One dimension: its ranks share the parameters. Two: hybrid sharding (HSDP), replicas
+  /// over the first dimension, each sharded over the second.
+  std::optional<DeviceMesh> mesh = std::nullopt;
   WrapPolicy wrap_policy = {};
   /// False keeps every unit gathered from its first use in the forward pass until its gradients are reduced: less
   /// communication, more memory.
   bool reshard_after_forward = true;
-  /// Broadcasts parameters and buffers from rank 0 of the group while wrapping.
+  /// Broadcasts parameters and buffers from rank 0 of the group (of the mesh) while wrapping.
   bool sync_module_states = false;
   /// Where shards, gathered units and buffers live.
   c10::Device device = c10::kCPU;
@@ -151,12 +165,13 @@ class ShardedModule {
 
   NoSync no_sync();
   /// Scales all gradients by max_norm / (norm + 1e-6) if the norm over all ranks exceeds max_norm. `norm_type` > 0,
-  /// infinity allowed. Returns the norm before scaling. Collective.
+  /// infinity allowed. Returns the norm before scaling. Collective over process_group().
   double clip_grad_norm(double max_norm, double norm_type = 2.0);
 
   /// Frees gathered units, as after a backward pass. Seldom needed.
   void reshard();
   const FsdpMemoryStats& memory_stats() const;
+  /// The ranks that share the parameters: with a mesh of two dimensions, this rank's row.
   const ProcessGroup& process_group() const;
   /// Names of the units, the root ("") first.
   std::vector<std::string> unit_names() const;
@@ -221,7 +236,8 @@ class FullyShardedDataParallel : public ShardedModule {
   /// has. What is frozen now stays frozen. Collective. Refuses what cannot work sharded, naming it: embeddings with sparse
   /// gradients or max_norm, sparse and quantized parameters, distinct parameters or buffers that share memory with a
   /// parameter (kUnsupported); parameters that are no leaves or sharded already, a policy that names a missing module,
-  /// ranks that wrap different models, a rank that is not a member of the group (kInvalidArgument).
+  /// ranks that wrap different models, a rank that is not a member of the group or mesh, a mesh of more than two
+  /// dimensions, a group beside a mesh (kInvalidArgument).
   explicit FullyShardedDataParallel(ModuleHolder module, FsdpOptions options = {})
       : ShardedModule(detail::module_pointer(module), nullptr, std::move(options)), module_(std::move(module)) {}
   /// Initialises and shards a module built by on_meta, unit by unit.

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Counterpart of test_hsdp_checkpoint.py: hybrid sharding through a checkpoint, into itself and to and from FSDP.
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/api/include/torch/nn/modules/linear.h>
+#include <torch/csrc/api/include/torch/optim/adam.h>
+#include <torch/csrc/api/include/torch/utils.h>
+
+#include <map>
+
+#include "reshard/checkpoint/checkpoint.h"
+#include "reshard/fsdp/fully_sharded_data_parallel.h"
+#include "reshard/fsdp/optimizer_state.h"
+#include "reshard/testing/torch_distributed_test.h"
+
+namespace reshard {
+namespace {
+
+/// Linear layers of these widths, with a ReLU after each.
+struct ChainImpl : torch::nn::Module {
+  explicit ChainImpl(const std::vector<int64_t>& widths) {
+    for (size_t i = 0; i + 1 < widths.size(); ++i)
+      layers.push_back(register_module("net" + std::to_string(i + 1), torch::nn::Linear(widths[i], widths[i + 1])));
+  }
+  at::Tensor forward(at::Tensor x) {
+    for (auto& layer : layers) x = at::relu(layer->forward(x));
+    return x;
+  }
+  std::vector<torch::nn::Linear> layers;
+};
+TORCH_MODULE(Chain);
+
+const std::vector<std::vector<int64_t>> kModels{{5, 8, 4, 12}, {5, 10, 15, 30, 5}};  // Simple and SimpleUneven
+
+/// A sharded model with its optimizer.
+struct Training {
+  Training(const std::vector<int64_t>& widths, const FsdpOptions& options, uint64_t seed)
+      : model((torch::manual_seed(seed), Chain(widths)), options),
+        optimizer(model.parameters(), torch::optim::AdamOptions(0.1)),
+        device(options.device) {}
+  void step() {
+    torch::manual_seed(77);  // the same on every rank
+    const at::Tensor x = at::rand({4, 5}).to(device);
+    optimizer.zero_grad();
+    model(x).sum().backward();
+    optimizer.step();
+  }
+  StateDict state() {
+    return {{"model", model.state_dict(StateDictType::kSharded)}, {"optim", optimizer_state_dict(optimizer, model)}};
+  }
+  void load(const StateDict& loaded) {
+    model.load_state_dict(loaded.at("model"));
+    load_optimizer_state_dict(optimizer, model, loaded.at("optim"));
+  }
+  /// Whole parameters by name. Collective.
+  std::map<std::string, at::Tensor> whole() const {
+    std::map<std::string, at::Tensor> result;
+    const StateDict full = model.state_dict(StateDictType::kFull);
+    for (const auto& [name, value] : full.items()) result[name] = value.as<at::Tensor>();
+    return result;
+  }
+  FullyShardedDataParallel<Chain> model;
+  torch::optim::Adam optimizer;
+  c10::Device device;
+};
+
+/// Copies of all tensors and shards of a state dict, in order.
+void collect(const StateValue& value, std::vector<at::Tensor>& to) {
+  if (value.is<at::Tensor>()) to.push_back(value.as<at::Tensor>().detach().clone());
+  if (value.is<ShardedTensor>()) {
+    for (const LocalShard& shard : value.as<ShardedTensor>().shards()) to.push_back(shard.tensor.clone());
+  }
+  if (!value.is<StateDict>()) return;
+  for (const auto& [key, item] : value.as<StateDict>().items()) collect(item, to);
+}
+std::vector<at::Tensor> copies(const StateDict& state) {
+  std::vector<at::Tensor> result;
+  collect(StateValue(state), result);
+  return result;
+}
+bool all_equal(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  return a.size() == b.size() &&
+         std::equal(a.begin(), a.end(), b.begin(), [](const at::Tensor& x, const at::Tensor& y) { return x.equal(y); });
+}
+
+class HsdpCheckpointFixture : public TorchDistributedTest {
+ protected:
+  static constexpr ShardLayout kLayouts[] = {ShardLayout::kFlat, ShardLayout::kDim0Chunks};
+  DeviceMesh mesh(const Dims& shape = {2, 2}, std::vector<int> ranks = {}) {
+    process_group();
+    return init_device_mesh(shape, {.dim_names = {"replicate", "shard"}, .ranks = std::move(ranks)});
+  }
+  std::string next_directory() { return (temp_dir() / std::to_string(directories_++)).string(); }
+  /// Loads into `run`, which must then have the parameters of `from`.
+  void load_and_compare(Training& run, const Training& from, const std::string& directory) {
+    const auto wanted = from.whole();
+    for (const auto& [name, value] : run.whole()) EXPECT_FALSE(value.equal(wanted.at(name))) << name;
+    StateDict target = run.state();
+    load(target, FileSystemReader(directory));
+    run.load(target);
+    for (const auto& [name, value] : run.whole()) EXPECT_TRUE(value.equal(wanted.at(name))) << name;
+  }
+
+ private:
+  int directories_ = 0;
+};
+
+// test_hsdp_checkpoint
+RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, ComesBackAfterAStep, .ranks = {4}, .one_gpu_ranks = {4}) {
+  const DeviceMesh square = mesh();
+  for (const auto& widths : kModels) {
+    for (const ShardLayout layout : kLayouts) {
+      Training run(widths, {.mesh = square, .device = device(), .layout = layout}, 1);
+      run.step();
+      const std::vector<at::Tensor> saved = copies(run.state());
+      const std::string directory = next_directory();
+      save(run.state(), FileSystemWriter(directory), {.verify_replicas = true});
+      run.step();
+      EXPECT_FALSE(all_equal(copies(run.state()), saved));
+      StateDict target = run.state();
+      load(target, FileSystemReader(directory));
+      run.load(target);
+      EXPECT_TRUE(all_equal(copies(run.state()), saved));
+    }
+  }
+}
+
+// test_hsdp_fsdp_checkpoint_conversion, and back; with the optimizer, which must go on as if nothing had happened.
+RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, BecomesFsdpAndBack, .ranks = {4}, .one_gpu_ranks = {4}) {
+  const DeviceMesh square = mesh();
+  const DeviceMesh turned = mesh({2, 2}, {3, 1, 0, 2});
+  const DeviceMesh replicas = mesh({4, 1});
+  for (const auto& widths : kModels) {
+    for (const ShardLayout layout : kLayouts) {
+      Training hybrid(widths, {.mesh = square, .device = device(), .layout = layout}, 1);
+      hybrid.step();
+      const std::string first = next_directory();
+      save(hybrid.state(), FileSystemWriter(first), {.verify_replicas = true});
+      // On four ranks the 5 rows of the last layer leave one rank without.
+      Training flat(widths, {.device = device(), .layout = layout}, 2);
+      load_and_compare(flat, hybrid, first);
+      hybrid.step();
+      flat.step();
+      const auto wanted = hybrid.whole();
+      for (const auto& [name, value] : flat.whole()) EXPECT_TRUE(at::allclose(value, wanted.at(name))) << name;
+
+      const std::string second = next_directory();
+      save(flat.state(), FileSystemWriter(second));
+      for (const DeviceMesh& other : {turned, replicas}) {
+        Training back(widths, {.mesh = other, .device = device()}, 3);
+        load_and_compare(back, flat, second);
+        // Equal replicas hold equal state: a save that compares them says so.
+        save(back.state(), FileSystemWriter(next_directory()), {.verify_replicas = true});
+      }
+    }
+  }
+}
+
+RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, EachByteIsWrittenByOneReplica, .ranks = {4},
+                      .one_gpu_ranks = {4}) {
+  const DeviceMesh square = mesh();
+  const auto pair = new_group({0, 1});
+  const std::vector<int64_t> widths{5, 64, 96, 80, 33};
+  Training hybrid(widths, {.mesh = square, .device = device()}, 1);
+  hybrid.step();
+  const std::string directory = next_directory();
+  const SaveResult saved = save(hybrid.state(), FileSystemWriter(directory));
+
+  std::map<std::string, uint64_t> bytes;  // by file, and so by rank
+  const Metadata metadata = FileSystemReader(directory).read_metadata();
+  for (const auto& [index, place] : metadata.storage_data) bytes[place.relative_path] += place.length;
+  ASSERT_EQ(bytes.size(), 4u);
+  const uint64_t rows[] = {bytes.at("__0_0.distcp") + bytes.at("__1_0.distcp"),
+                           bytes.at("__2_0.distcp") + bytes.at("__3_0.distcp")};
+  EXPECT_EQ(rows[0] + rows[1], saved.bytes_written);
+  EXPECT_LT(std::max(rows[0], rows[1]), (saved.bytes_written * 55) / 100) << "the rows share the work";
+  if (rank() == 0) {
+    std::printf("replica 0 wrote %llu bytes, replica 1 %llu, of %llu\n", static_cast<unsigned long long>(rows[0]),
+                static_cast<unsigned long long>(rows[1]), static_cast<unsigned long long>(saved.bytes_written));
+  }
+  // As much as one row writes alone.
+  SaveResult alone;
+  const std::string other = next_directory();
+  if (pair->is_member()) alone = save(hybrid.state(), FileSystemWriter(other), {.process_group = pair});
+  process_group()->barrier();
+  EXPECT_TRUE(!pair->is_member() || (alone.items == saved.items && alone.bytes_written == saved.bytes_written))
+      << alone.bytes_written << " and " << saved.bytes_written;
+}
+
+RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, ReplicasThatDifferAreFound, .ranks = {4},
+                      .one_gpu_ranks = {4}) {
+  const DeviceMesh square = mesh();
+  Training run(kModels[0], {.mesh = square, .device = device()}, 1);
+  run.step();
+  if (rank() == 3) {
+    const at::NoGradGuard no_grad;
+    for (auto& [name, slice] : run.model.named_parameters()) {
+      if (name == "net3.weight") slice.narrow(0, slice.numel() - 1, 1).add_(1);
+    }
+  }
+  try {
+    save(run.state(), FileSystemWriter(next_directory()), {.verify_replicas = true});
+    ADD_FAILURE() << "saved";
+  } catch (const CheckpointError& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+    EXPECT_EQ(error.committed(), Committed::kNo);
+    EXPECT_THAT(error.what(), testing::HasSubstr("model.net3.weight"));
+    EXPECT_THAT(error.what(), testing::HasSubstr("ranks 1 and 3 hold different contents"));
+  }
+}
+
+}  // namespace
+}  // namespace reshard
