@@ -3,6 +3,7 @@
 
 #include "checkpoint/group_transport.h"
 #include "checkpoint/load_state.h"
+#include "checkpoint/replica_load_state.h"
 #include "checkpoint/save_state.h"
 #include "reshard/core/error.h"
 
@@ -44,8 +45,15 @@ LoadReport load(StateDict& state, StorageReader& reader, const LoadOptions& opti
   DefaultLoadPlanner default_planner({.allow_partial_load = options.allow_partial_load,
                                       .allow_cast = options.allow_cast,
                                       .allow_shape_mismatch = options.allow_shape_mismatch});
-  StateDictLoadState target(state);
-  return run_load(*transport, target, options.planner ? *options.planner : default_planner, reader, options.progress);
+  LoadPlanner& planner = options.planner ? *options.planner : default_planner;
+  if (!options.replicas || options.replicas->size() == 1) {
+    StateDictLoadState target(state);
+    return run_load(*transport, target, planner, reader, options.progress);
+  }
+  ReplicaLoadState target(state, *options.replicas);
+  LoadReport report = run_load(*transport, target, planner, reader, options.progress);
+  target.distribute(report);
+  return report;
 }
 
 LoadReport load(StateDict& state, StorageReader&& reader, const LoadOptions& options) {

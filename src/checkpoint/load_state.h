@@ -20,6 +20,8 @@ class StateDictLoadState final : public LoadState {
   void commit_tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region,
                      const MutableTensorView& view) override;
   void load_bytes(FlattenRule rule, size_t entry, ByteSpan archive) override;
+  /// Where a chunk of a tensor entry goes.
+  const at::Tensor& chunk_tensor(FlattenRule rule, size_t entry, size_t chunk) const;
 
  private:
   struct Flat {
@@ -27,7 +29,6 @@ class StateDictLoadState final : public LoadState {
     std::vector<StateEntry> entries;
   };
   const Flat& flat(FlattenRule rule) const;
-  const at::Tensor& chunk_tensor(FlattenRule rule, size_t entry, size_t chunk) const;
 
   StateDict& state_;
   mutable std::array<std::optional<Flat>, 2> flat_;

@@ -188,6 +188,36 @@ RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, EachByteIsWrittenBy
       << alone.bytes_written << " and " << saved.bytes_written;
 }
 
+RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, OneReplicaReadsForAll, .ranks = {4},
+                      .one_gpu_ranks = {4}) {
+  const DeviceMesh square = mesh();
+  Training flat(kModels[1], {.device = device()}, 2);
+  flat.step();
+  const std::string directory = next_directory();
+  save(flat.state(), FileSystemWriter(directory));
+  // Bytes that the rows read together, without and with.
+  const auto load_hybrid = [&](const std::shared_ptr<ProcessGroup>& replicas) {
+    Training hybrid(kModels[1], {.mesh = square, .device = device()}, 1);
+    StateDict target = hybrid.state();
+    FileSystemReader reader(directory);
+    load(target, reader, {.replicas = replicas});
+    hybrid.load(target);
+    EXPECT_EQ(reader.counters().bytes_needed == 0, replicas != nullptr && square.get_local_rank("replicate") == 1);
+    hybrid.step();
+    save(hybrid.state(), FileSystemWriter(next_directory()), {.verify_replicas = true});
+    at::Tensor bytes = at::full({1}, static_cast<double>(reader.counters().bytes_needed), at::kDouble);
+    process_group()->all_reduce_sum(bytes);
+    return std::pair(hybrid.whole(), bytes.item<double>());
+  };
+  const auto [each, read_by_each] = load_hybrid(nullptr);
+  const auto [one, read_by_one] = load_hybrid(square.get_group("replicate"));
+  for (const auto& [name, value] : each) EXPECT_TRUE(value.equal(one.at(name))) << name;
+  flat.step();
+  for (const auto& [name, value] : flat.whole()) EXPECT_TRUE(at::allclose(value, one.at(name))) << name;
+  EXPECT_EQ(read_by_each, 2 * read_by_one);
+  if (rank() == 0) std::printf("two replicas read %.0f bytes, one for both %.0f\n", read_by_each, read_by_one);
+}
+
 RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, ReplicasThatDifferAreFound, .ranks = {4},
                       .one_gpu_ranks = {4}) {
   const DeviceMesh square = mesh();

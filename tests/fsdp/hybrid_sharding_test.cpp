@@ -46,7 +46,7 @@ RESHARD_DISTRIBUTED_TEST(HybridShardingTest, TrainsLikeTheUnshardedModelOnThreeR
                     {.mesh = mesh_of({3, 2}), .wrap_policy = wrap_by_type<BlockImpl>()}, /*from_meta=*/true);
 }
 
-/// Whole parameters and buffers of this rank's row, equal on all ranks of the world?
+/// Every row has the same parameters and buffers, to the bit.
 void expect_equal_everywhere(const ShardedModule& model, ProcessGroup& world) {
   const StateDict full = model.state_dict(StateDictType::kFull);
   for (const auto& [name, value] : full.items()) {
@@ -134,6 +134,7 @@ RESHARD_DISTRIBUTED_TEST(HybridShardingTest, OnlyReducedGradientsCrossRows, .ran
       reference_optimizer.step();
       EXPECT_LT(difference_to(model, *model.module(), *reference), 1e-14);
     }
+    expect_equal_everywhere(model, *world);
     const TrafficCounters before = across.traffic();
     const StateDict state = model.state_dict(StateDictType::kSharded);
     EXPECT_EQ(across.traffic().collectives, before.collectives);

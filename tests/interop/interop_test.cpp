@@ -60,12 +60,10 @@ std::map<std::string, std::unique_ptr<Optimizer>> optimizers(const std::vector<a
   return result;
 }
 
-/// The network of peer.py, sharded over `group`, with its optimizers.
+/// The network of peer.py, sharded, with its optimizers.
 struct Network {
-  Network(const std::shared_ptr<ProcessGroup>& group, ShardLayout layout,
-          const std::function<double(const std::string&)>& lr)
-      : model(torch::nn::Sequential(torch::nn::Linear(5, 7), torch::nn::Tanh(), torch::nn::Linear(7, 3)),
-              {.process_group = group, .layout = layout}),
+  Network(const FsdpOptions& options, const std::function<double(const std::string&)>& lr)
+      : model(torch::nn::Sequential(torch::nn::Linear(5, 7), torch::nn::Tanh(), torch::nn::Linear(7, 3)), options),
         kinds(optimizers(model.parameters(), lr)) {}
 
   void step() {
@@ -86,7 +84,7 @@ struct Network {
     for (const auto& [kind, optimizer] : kinds)
       load_optimizer_state_dict(*optimizer, model, state.at("optim").as<StateDict>().at(kind));
   }
-  /// Digests of all tensors, whole, by name.
+  /// Digests of all tensors, whole, by name. `group` shares the parameters.
   std::map<std::string, std::string> digests(ProcessGroup& group) const {
     std::map<std::string, std::string> result;
     const StateDict whole = fsdp_test::whole_state(state(), group);
@@ -161,6 +159,9 @@ class Interop : public TorchDistributedTest {
     if (!has_python()) GTEST_SKIP() << "no Python with PyTorch at " << RESHARD_PYTHON;
   }
 
+  const std::map<std::string, double> rates{{"AdamW", 0.05},     {"Adam", 0.04},    {"SGD", 0.03},
+                                            {"Momentum", 0.025}, {"Adagrad", 0.02}, {"RMSprop", 0.01}};
+
   /// Every dtype, whole and cut in all ways; PyTorch must find each tensor's bytes.
   void write_and_let_pytorch_read() {
     const auto world = process_group();
@@ -205,10 +206,8 @@ class Interop : public TorchDistributedTest {
                            {"list", StateList{1, 2.5, "x"}},
                            {"tuple", StateTuple{{0.9, 0.999}}},
                            {"raw", ByteString{std::string("\x00\xFF", 2)}}};
-    const std::map<std::string, double> rates{{"AdamW", 0.05},     {"Adam", 0.04},    {"SGD", 0.03},
-                                              {"Momentum", 0.025}, {"Adagrad", 0.02}, {"RMSprop", 0.01}};
     torch::manual_seed(4);
-    Network network(world, ShardLayout::kFlat, [&](const std::string& kind) { return rates.at(kind); });
+    Network network({.process_group = world}, [&](const std::string& kind) { return rates.at(kind); });
     network.step();
     network.step();
     const StateDict trained = network.state();
@@ -289,12 +288,20 @@ class Interop : public TorchDistributedTest {
     EXPECT_EQ(wholes.at("nested.1.deep.n").as<int64_t>(), 5);
   }
 
-  /// The network that PyTorch trained, in each kind of model, into one of ours with its optimizers.
-  void read_network(const std::shared_ptr<ProcessGroup>& group, const std::string& directory, const json& expected) {
-    for (const std::string wrap : {"fsdp", "flat", "fully_shard", "plain"}) {
+  /// The network that PyTorch trained, in each kind of model, into one of ours with its optimizers; over the mesh, if any.
+  void read_network(const std::shared_ptr<ProcessGroup>& group, const std::optional<DeviceMesh>& mesh,
+                    const std::string& directory, const json& expected, int writers) {
+    std::vector<std::string> wraps{"fsdp", "flat", "fully_shard", "plain"};
+    if (writers == 4) wraps.insert(wraps.end(), {"hsdp", "hsdp2"});
+    for (const std::string& wrap : wraps) {
       SCOPED_TRACE(wrap);
-      Network network(group, wrap == "flat" ? ShardLayout::kDim0Chunks : ShardLayout::kFlat,
-                      [](const std::string&) { return 7.0; });
+      FsdpOptions options{.process_group = group,
+                          .layout = wrap == "flat" ? ShardLayout::kDim0Chunks : ShardLayout::kFlat};
+      if (mesh) {
+        options.process_group = nullptr;
+        options.mesh = mesh;
+      }
+      Network network(options, [](const std::string&) { return 7.0; });
       StateDict target{{wrap, network.state()}};
       load(target, FileSystemReader(directory), {.process_group = group});
       network.load_state(target.at(wrap));
@@ -303,7 +310,7 @@ class Interop : public TorchDistributedTest {
         if (name.starts_with(wrap + ".")) wanted[name.substr(wrap.size() + 1)] = digest;
       }
       EXPECT_GT(wanted.size(), 40u);
-      EXPECT_EQ(network.digests(*group), wanted);
+      EXPECT_EQ(network.digests(mesh ? *mesh->get_group("shard") : *group), wanted);
       for (const auto& [kind, optimizer] : network.kinds)
         EXPECT_EQ(optimizer->param_groups()[0].options().get_lr(), expected.at("lr").at(kind).get<double>()) << kind;
     }
@@ -325,6 +332,26 @@ RESHARD_DISTRIBUTED_TEST_F(Interop, InteropTest, PyTorchReadsWhatFourRanksWrite,
   write_and_let_pytorch_read();
 }
 
+// Into every kind of model that PyTorch has, on one to four ranks.
+RESHARD_DISTRIBUTED_TEST_F(Interop, InteropTest, PyTorchReadsWhatReplicasWrite, .ranks = 4, .deadline = kDeadline) {
+  const auto world = process_group();
+  const DeviceMesh mesh = init_device_mesh({2, 2}, {.dim_names = {"replicate", "shard"}});
+  torch::manual_seed(4);
+  Network network({.mesh = mesh}, [&](const std::string& kind) { return rates.at(kind); });
+  network.step();
+  network.step();
+  const std::string directory = (temp_dir() / "checkpoint").string();
+  save(network.state(), FileSystemWriter(directory), {.verify_replicas = true});
+  const json wanted = network.digests(*mesh.get_group("shard"));
+  if (rank() == 0) {
+    const std::string expected = (temp_dir() / "expected.json").string();
+    std::ofstream(expected) << json{{"tensors", wanted}, {"lr", rates}}.dump();
+    expect_python_succeeds("judge.py whole '" + directory + "' --digest '" + expected + "'");
+    expect_python_succeeds("judge.py network '" + directory + "' --digest '" + expected + "' --ranks 4");
+  }
+  world->barrier();
+}
+
 RESHARD_DISTRIBUTED_TEST_F(Interop, InteropTest, OneToFourRanksReadWhatPyTorchWritesOnOneToFour, .ranks = 4,
                            .deadline = kDeadline) {
   const auto world = process_group();
@@ -335,12 +362,15 @@ RESHARD_DISTRIBUTED_TEST_F(Interop, InteropTest, OneToFourRanksReadWhatPyTorchWr
     std::vector<int> ranks;
     for (int r = 0; r < readers; ++r) ranks.push_back(r);
     const auto group = new_group(ranks);
+    std::optional<DeviceMesh> mesh;
+    if (readers == 4) mesh = init_device_mesh({2, 2}, {.dim_names = {"replicate", "shard"}});
     for (int writers = 1; writers <= 4 && group->is_member(); ++writers) {
       SCOPED_TRACE(std::to_string(writers) + " wrote, " + std::to_string(readers) + " read");
       const std::string directory = root + "/" + std::to_string(writers);
       const json expected = json::parse(std::ifstream(directory + ".json"));
       read_tensors(group, directory, expected);
-      read_network(group, directory, expected);
+      read_network(group, std::nullopt, directory, expected, writers);
+      if (mesh) read_network(group, mesh, directory, expected, writers);
     }
     world->barrier();
   }

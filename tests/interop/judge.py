@@ -6,6 +6,7 @@
   judge.py objects DIR                                   the objects of peer.py
   judge.py peer DIR --digest FILE --ranks N              on 1 to N ranks each: everything as FSDP, fully_shard, DTensor, ShardedTensor and plain;
                                                          FILE: {"tensors": {key: SHA-256}, "lr": {optimizer: learning rate}}
+  judge.py network DIR --digest FILE --ranks N           the same of the network and its optimizers alone
   judge.py fsdp DIR --digest FILE --ranks N --model linear|lm     FSDP on N ranks loads it
   judge.py continue DIR --ranks N --steps S --text T --seed K --log FILE [--save DIR]
                                                          FSDP and AdamW on N ranks go on training; losses go to FILE, the state at the end to DIR
@@ -137,7 +138,7 @@ def layouts(args, wanted):
 
 def network(args, wanted, groups):
     """The network and its optimizers into every kind of model that PyTorch has. dcp.load is strict: the first missing key fails."""
-    for wrap in peer.WRAPS:
+    for wrap in peer.wraps():
         model = peer.wrapped_network(wrap)
         fill_with_sevens(model)
         kinds = peer.optimizers(model, lr=7.0)
@@ -162,7 +163,8 @@ def network(args, wanted, groups):
 
 def peer_rank(rank, args, expected, worlds):
     def body(_):
-        layouts(args, expected["tensors"])
+        if args.check == "peer":
+            layouts(args, expected["tensors"])
         network(args, expected["tensors"], expected["lr"])
 
     peer.in_worlds(rank, worlds, body)
@@ -228,7 +230,7 @@ def continue_rank(rank, args, port):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("check", choices=["whole", "values", "objects", "peer", "fsdp", "continue"])
+    parser.add_argument("check", choices=["whole", "values", "objects", "peer", "network", "fsdp", "continue"])
     parser.add_argument("dir")
     parser.add_argument("--digest")
     parser.add_argument("--ranks", type=int, default=1)
@@ -247,7 +249,7 @@ def main():
         values(args)
     elif args.check == "objects":
         objects(args)
-    elif args.check == "peer":
+    elif args.check in ("peer", "network"):
         worlds = {n: free_port() for n in range(1, args.ranks + 1)}
         mp.spawn(peer_rank, args=(args, wanted, worlds), nprocs=args.ranks)
     elif args.check == "fsdp":

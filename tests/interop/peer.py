@@ -17,7 +17,7 @@ from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
 
 DTYPES = (
     "float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex32 complex64 complex128 "
@@ -28,8 +28,11 @@ SHAPE = (5, 3, 2)
 # An irregular tiling of SHAPE: (offsets, sizes).
 BOXES = [((0, 0, 0), (2, 3, 2)), ((2, 0, 0), (3, 1, 2)), ((2, 1, 0), (3, 2, 1)), ((2, 1, 1), (3, 2, 1))]
 
-# How PyTorch holds a model: FSDP that gives ShardedTensors, FSDP over one flat parameter that gives DTensors, FSDP2, and not sharded at all.
-WRAPS = ("fsdp", "flat", "fully_shard", "plain")
+
+def wraps():
+    """How PyTorch holds a model: FSDP that gives ShardedTensors, FSDP over one flat parameter that gives DTensors, FSDP2, not sharded at all; on
+    four ranks both FSDPs with two replicas, too."""
+    return ("fsdp", "flat", "fully_shard", "plain") + (("hsdp", "hsdp2") if dist.get_world_size() == 4 else ())
 
 
 class Color(enum.Enum):
@@ -129,6 +132,12 @@ def wrapped_network(wrap):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if wrap == "fully_shard":
         return fully_shard(model, mesh=mesh)
+    if wrap in ("hsdp", "hsdp2"):
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        if wrap == "hsdp2":
+            return fully_shard(model, mesh=square)
+        hybrid = ShardingStrategy.HYBRID_SHARD
+        return FSDP(model, device_id=torch.device("cpu"), use_orig_params=True, device_mesh=square, sharding_strategy=hybrid)
     if wrap == "fsdp":
         # DTensors on 4 ranks too: where a rank has no row of a ShardedTensor, PyTorch's load planner takes the checkpoint for one of before 2.4.
         with_mesh = {"device_mesh": mesh} if dist.get_world_size() > 3 else {}

@@ -64,7 +64,7 @@ def write(args, world):
             state["mesh"][name] = distribute_tensor(whole, square, placements)
             wholes[f"mesh.{name}"] = whole
 
-    for wrap in peer.WRAPS:
+    for wrap in peer.wraps():
         model = peer.wrapped_network(wrap)
         kinds = peer.optimizers(model, lr=0.0)
         for kind, optimizer in kinds.items():
