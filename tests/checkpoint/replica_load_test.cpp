@@ -77,6 +77,31 @@ RESHARD_DEVICE_TEST(ReplicaLoadTest, TheFirstReplicaReadsForAll, .ranks = {4}, .
   EXPECT_TRUE(w.equal(wanted.at("plain").as<at::Tensor>()));
 }
 
+// Before torch 2.4 a list without tensors was one value: what the first replica reads is then flattened by that rule.
+RESHARD_DISTRIBUTED_TEST(ReplicaLoadTest, ReadsWhatOldReleasesFlattenedOtherwise, .ranks = 2) {
+  const auto world = process_group();
+  const auto make = [] {
+    const StateDict group{{"lr", 0.0}};
+    return StateDict{{"model", StateDict{{"layer1", StateDict{{"weight", at::zeros({4, 3})}}}}},
+                     {"list_of_dicts", StateList{group, group}}};
+  };
+  const std::string dir = RESHARD_TEST_DATA "/oracle/2.1.2/nested";
+  StateDict wanted = make(), target = make();
+  load(wanted, FileSystemReader(dir));
+  FileSystemReader reader(dir);
+  load(target, reader, {.replicas = world});
+  EXPECT_EQ(reader.counters().bytes_needed > 0, rank() == 0);
+  const auto weight = [](const StateDict& state) {
+    return state.at("model").as<StateDict>().at("layer1").as<StateDict>().at("weight").as<at::Tensor>();
+  };
+  EXPECT_FALSE(weight(target).equal(at::zeros({4, 3})));
+  EXPECT_TRUE(weight(target).equal(weight(wanted)));
+  const StateList& groups = target.at("list_of_dicts").as<StateList>();
+  ASSERT_EQ(groups.size(), 2u);
+  EXPECT_EQ(groups[0].as<StateDict>().at("lr").as<double>(), 0.1);
+  EXPECT_EQ(groups[1].as<StateDict>().at("lr").as<double>(), 0.2);
+}
+
 RESHARD_DISTRIBUTED_TEST(ReplicaLoadTest, AnErrorOfAnyRankIsEveryRanksErrorAndTouchesNothing, .ranks = 4) {
   const auto world = process_group();
   const DeviceMesh mesh = two_by_two();

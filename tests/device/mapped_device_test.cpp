@@ -14,6 +14,7 @@
 #include <csignal>
 #include <future>
 
+#include "dtensor/layouts.h"
 #include "fsdp/test_model.h"
 #include "reshard/checkpoint/async_save.h"
 #include "reshard/checkpoint/checkpoint.h"
@@ -296,6 +297,18 @@ class MappedDeviceFixture : public TorchDistributedTest {
     }
     return group_;
   }
+  /// A mesh whose groups have a backend for mapped tensors, too.
+  DeviceMesh mesh(const Dims& shape) {
+    const auto world = group();
+    const DeviceMesh mesh = init_device_mesh(shape, {.dim_names = {"replicate", "shard"}});
+    for (size_t d = 0; d < mesh.ndim(); ++d) {
+      ProcessGroup& line = *mesh.get_group(d);
+      const auto gloo = c10::intrusive_ptr<c10d::Backend>::unsafe_reclaim_from_nonowning(&line.backend(c10::kCPU));
+      line = ProcessGroup(line.name(), line.rank(), line.ranks(), line.store(),
+                          {{c10::kCPU, gloo}, {kMapped, make_mapped_backend(gloo)}}, line.timeout());
+    }
+    return mesh;
+  }
   void tear_down_rank() override {
     group_.reset();
     TorchDistributedTest::tear_down_rank();
@@ -303,7 +316,7 @@ class MappedDeviceFixture : public TorchDistributedTest {
 
   FullyShardedDataParallel<LanguageModel> build(uint64_t seed, c10::Device device, FsdpOptions options = {}) {
     at::manual_seed(seed);
-    options.process_group = group();
+    if (!options.mesh) options.process_group = group();
     options.device = device;
     options.wrap_policy = wrap_by_type<BlockImpl>();
     options.poison_freed = true;
@@ -430,6 +443,60 @@ RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, AsyncSaves
     other.load_state_dict(target.at("model"));
     load_optimizer_state_dict(*other_optimizer, other, target.at("optim"));
     EXPECT_EQ(train(other, *other_optimizer, kDevice, step + 1), losses[static_cast<size_t>(step + 1)]) << step;
+  }
+}
+
+// --- meshes ----------------------------------------------------------------------------------------------------------
+
+RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, ReplicasTrainAndLoadAsOnTheCpu, .ranks = 4) {
+  const DoublePrecision in_double;
+  const DeviceMesh square = mesh({2, 2});
+  const std::string directory = (temp_dir() / "checkpoint").string();
+  for (const ShardLayout layout : {ShardLayout::kFlat, ShardLayout::kDim0Chunks}) {
+    auto on_cpu = build(5, c10::kCPU, {.mesh = square, .layout = layout});
+    auto on_device = build(5, kDevice, {.mesh = square, .sync_module_states = true, .layout = layout});
+    const auto cpu_optimizer = make_optimizer(on_cpu), device_optimizer = make_optimizer(on_device);
+    for (int64_t step = 0; step < 3; ++step) {
+      const double wanted = train(on_cpu, *cpu_optimizer, c10::kCPU, step);
+      EXPECT_NEAR(train(on_device, *device_optimizer, kDevice, step), wanted, kTolerance) << "step " << step;
+    }
+    {
+      const SummonFullParams full(on_cpu);
+      EXPECT_LT(difference_to(on_device, *on_device.module(), *on_cpu.module()), kTolerance);
+    }
+    const auto state_of = [](auto& model, auto& optimizer) {
+      return StateDict{{"model", model.state_dict(StateDictType::kSharded)},
+                       {"optim", optimizer_state_dict(optimizer, model)}};
+    };
+    save(state_of(on_device, *device_optimizer), FileSystemWriter(directory), {.verify_replicas = true});
+    auto other = build(6, kDevice, {.mesh = square});
+    const auto other_optimizer = make_optimizer(other);
+    StateDict target = state_of(other, *other_optimizer);
+    FileSystemReader reader(directory);
+    load(target, reader, {.replicas = square.get_group("replicate")});
+    EXPECT_EQ(reader.counters().bytes_needed > 0, square.get_local_rank("replicate") == 0);
+    other.load_state_dict(target.at("model"));
+    load_optimizer_state_dict(*other_optimizer, other, target.at("optim"));
+    {
+      const SummonFullParams full(on_device);
+      EXPECT_EQ(difference_to(other, *other.module(), *on_device.module()), 0.0);
+    }
+    EXPECT_EQ(train(other, *other_optimizer, kDevice, 3), train(on_device, *device_optimizer, kDevice, 3));
+  }
+}
+
+RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, TensorsOnMeshesAreGatheredAndMoved, .ranks = 4) {
+  const DeviceMesh square = mesh({2, 2});
+  const at::Tensor whole = at::arange(15, at::kDouble).view({5, 3});
+  const Placements choices{Replicate(), Shard(0), Shard(1), StridedShard(0, 2)};
+  for (const Placements& from : all_placements(2, choices)) {
+    const DTensor tensor = distribute_tensor(whole.to(kDevice), square, from);
+    EXPECT_EQ(tensor.to_local().device(), kDevice);
+    EXPECT_TRUE(tensor.full_tensor().cpu().equal(whole)) << to_string(from);
+    for (const Placements& to : all_placements(2, choices)) {
+      EXPECT_TRUE(tensor.redistribute(to).to_local().cpu().equal(distribute_tensor(whole, square, to).to_local()))
+          << to_string(from) << " to " << to_string(to);
+    }
   }
 }
 

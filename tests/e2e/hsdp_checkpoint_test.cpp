@@ -157,6 +157,55 @@ RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, BecomesFsdpAndBack,
   }
 }
 
+// e2e/test_fsdp_ep.py: experts are sharded over a dimension of a mesh, the rest over all ranks; each rank knows its own
+// expert alone. Then the experts move to other ranks.
+RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, ExpertsAreShardedOverTheirOwnRanks, .ranks = {4},
+                      .one_gpu_ranks = {4}) {
+  const auto world = process_group();
+  const DeviceMesh here = init_device_mesh({2, 2}, {.dim_names = {"dp", "ep"}});
+  const DeviceMesh there = init_device_mesh({2, 2}, {.dim_names = {"dp", "ep"}, .ranks = {1, 0, 3, 2}});
+  struct Model {
+    Model(const DeviceMesh& mesh, c10::Device device, uint64_t seed)
+        : name("expert" + std::to_string(mesh.get_local_rank("ep"))),
+          dense({5, 5}, {.device = device}, seed),
+          expert({5, 7, 5}, {.mesh = mesh["dp"], .device = device}, seed + 1 + mesh.get_local_rank("ep")) {}
+    StateDict state() {
+      StateDict result{{"dense", dense.state()}};
+      result[name] = expert.state();
+      return result;
+    }
+    void load(const StateDict& state) {
+      dense.load(state.at("dense"));
+      expert.load(state.at(name));
+    }
+    std::string name;
+    Training dense, expert;
+  };
+  Model model(here, device(), 10);
+  model.dense.step();
+  model.expert.step();
+  EXPECT_EQ(model.expert.model.process_group().ranks(), here.get_group("dp")->ranks());
+  const std::string directory = next_directory();
+  save(model.state(), FileSystemWriter(directory));
+
+  Model moved(there, device(), 20);
+  EXPECT_NE(moved.name, model.name);
+  StateDict target = moved.state();
+  const LoadReport report = load(target, FileSystemReader(directory));
+  for (const std::string& key : report.unexpected) EXPECT_EQ(key.rfind(model.name, 0), 0u) << key;
+  EXPECT_FALSE(report.unexpected.empty());
+  moved.load(target);
+  // An expert of one rank is that of its neighbour now, with its moments: one more step is the same step.
+  model.expert.step();
+  moved.expert.step();
+  for (const auto& [name, value] : model.expert.whole()) {
+    at::Tensor all = at::empty({4 * value.numel()}, value.options());
+    at::Tensor mine = moved.expert.whole().at(name).contiguous().view(-1);
+    world->all_gather_into(all, mine);
+    EXPECT_TRUE(all.view({4, -1})[rank() ^ 1].equal(value.reshape(-1))) << name;
+  }
+}
+
 RESHARD_DEVICE_TEST_F(HsdpCheckpointFixture, HsdpCheckpoint, EachByteIsWrittenByOneReplica, .ranks = {4},
                       .one_gpu_ranks = {4}) {
   const DeviceMesh square = mesh();

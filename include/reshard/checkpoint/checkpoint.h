@@ -44,7 +44,7 @@ struct LoadOptions {
   std::shared_ptr<ProcessGroup> process_group = nullptr;  // as above
   /// Ranks that load into equal states as this one does, such as mesh.get_group("replicate") of a hybrid model: the
   /// first of them reads, the others get it from there, so that each byte is read once. Every rank of process_group
-  /// gives its own such group. States that differ in keys, sizes, dtypes, shards or devices are kInvalidArgument before
+  /// gives its own such group, one with a backend for CPU tensors. States that differ in keys, sizes, dtypes, shards or devices are kInvalidArgument before
   /// anything is touched; a rank that is lost while tensors are sent is kTimeout or kUnavailable on its replicas alone.
   std::shared_ptr<ProcessGroup> replicas = nullptr;
   /// Null: DefaultLoadPlanner with the three flags below, which a planner of the caller's own decides itself.
