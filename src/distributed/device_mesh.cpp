@@ -143,6 +143,8 @@ DeviceMesh init_device_mesh(const Dims& shape, DeviceMeshOptions options) {
       if (group->is_member()) state.groups.push_back(std::move(group));
     }
   }
+  // A rank that went on, and ended, while others still connect would break their connections.
+  world->barrier();
   return DeviceMesh(std::move(state));
 }
 

@@ -90,6 +90,22 @@ ProcessGroup::BackendMap make_backends(const std::string& backend, const c10::in
   return backends;
 }
 
+/// make_backends, with what goes wrong as errors of a group.
+ProcessGroup::BackendMap meet(const std::string& group, const std::string& backend,
+                              const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                              std::chrono::milliseconds timeout) {
+  try {
+    return make_backends(backend, store, rank, size, timeout);
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    const std::string text = first_line(error.what());
+    throw Error(is_timeout(text) ? ErrorCode::kTimeout : ErrorCode::kUnavailable,
+                "the " + std::to_string(size) + " ranks of process group \"" + group + "\" did not meet: " + text,
+                {.rank = rank});
+  }
+}
+
 /// What init_process_group made, until destroy_process_group.
 struct World {
   std::shared_ptr<ProcessGroup> group;
@@ -340,17 +356,7 @@ std::shared_ptr<ProcessGroup> init_process_group(const ProcessGroupOptions& opti
   }
   std::vector<int> ranks(static_cast<size_t>(size));
   for (int i = 0; i < size; ++i) ranks[static_cast<size_t>(i)] = i;
-  ProcessGroup::BackendMap backends;
-  try {
-    backends = make_backends(options.backend, store, rank, size, options.timeout);
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
-    const std::string text = first_line(error.what());
-    throw Error(is_timeout(text) ? ErrorCode::kTimeout : ErrorCode::kUnavailable,
-                "the " + std::to_string(size) + " ranks of the default process group did not meet: " + text,
-                {.rank = rank});
-  }
+  ProcessGroup::BackendMap backends = meet("default", options.backend, store, rank, size, options.timeout);
   world().group = std::make_shared<ProcessGroup>("default", rank, std::move(ranks),
                                                  c10::make_intrusive<c10d::PrefixStore>("default", store),
                                                  std::move(backends), options.timeout);
@@ -380,8 +386,7 @@ std::shared_ptr<ProcessGroup> new_group(const std::vector<int>& ranks) {
   const auto self = std::find(ranks.begin(), ranks.end(), parent->rank());
   const int rank = self == ranks.end() ? -1 : static_cast<int>(self - ranks.begin());
   ProcessGroup::BackendMap backends;
-  if (rank >= 0)
-    backends = make_backends(world().backend, store, rank, static_cast<int>(ranks.size()), parent->timeout());
+  if (rank >= 0) backends = meet(name, world().backend, store, rank, static_cast<int>(ranks.size()), parent->timeout());
   return std::make_shared<ProcessGroup>(name, rank, ranks, store, std::move(backends), parent->timeout());
 }
 

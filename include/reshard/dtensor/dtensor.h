@@ -20,7 +20,8 @@
 
 namespace reshard {
 
-/// One rank's part of the tensor, and how the whole lies on the mesh. A cheap value: copies share the memory. All ranks
+/// One rank's part of the tensor, and how the whole lies on the mesh. It has no operators: compute with to_local() or
+/// full_tensor(), neither of which autograd sees through. A cheap value: copies share the memory. All ranks
 /// of the mesh make it with the same arguments. On a rank outside the mesh it has no shards and an empty local tensor
 /// of size {0}; functions that communicate do nothing there.
 class DTensor : public ShardedTensor {
@@ -38,8 +39,8 @@ class DTensor : public ShardedTensor {
   const Placements& placements() const { return placements_; }
 
   /// The whole tensor, of its own memory, on every rank of the mesh. Collective over the mesh: one all-gather for each
-  /// of its dimensions that shards (rows filled up to the longest), none for those that replicate. Of replicas, which
-  /// must be equal, each rank takes those it can reach without more.
+  /// of its dimensions that shards (parts filled up to the longest), none for those that replicate: replicas are taken
+  /// to be equal.
   at::Tensor full_tensor() const;
   /// The same tensor by other placements on the same mesh, of its own memory. Collective over the mesh. Gathers along
   /// the dimensions whose placement changes or depends on one that does, and cuts anew: what only becomes finer
