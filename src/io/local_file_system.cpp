@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <utility>
 
@@ -177,10 +178,13 @@ std::string parent_of(const std::string& path) {
 class LocalFileSystem final : public FileSystem {
  public:
   std::unique_ptr<WritableFile> create(const std::string& path, CreateMode mode) override {
-    const int flags = O_WRONLY | O_CREAT | kOpenFlags | (mode == CreateMode::kExclusive ? O_EXCL : O_TRUNC);
+    const int flags = O_WRONLY | kOpenFlags |
+                      (mode == CreateMode::kExclusive  ? O_CREAT | O_EXCL
+                       : mode == CreateMode::kTruncate ? O_CREAT | O_TRUNC
+                                                       : 0);
     Descriptor fd(resumed([&] { return ::open(path.c_str(), flags, 0666); }));
     if (fd.get() == -1) throw os_error(errno, "create", path);
-    if (mode == CreateMode::kTruncate) {  // else it is new, and regular
+    if (mode != CreateMode::kExclusive) {  // else it is new, and regular
       const struct stat status = status_of(fd.get(), "create", path);
       if (!S_ISREG(status.st_mode)) {
         throw wrong_kind(ErrorCode::kAlreadyExists, "create", path, kind_text(status.st_mode));
@@ -215,6 +219,14 @@ class LocalFileSystem final : public FileSystem {
     }
     return reader_of(
         resumed([&] { return ::openat(current.get(), relative_path.c_str() + begin, O_RDONLY | kOpenFlags); }), path);
+  }
+
+  std::string real_path(const std::string& path) override {
+    char* found = ::realpath(or_working_directory(path).c_str(), nullptr);
+    if (found == nullptr) throw os_error(errno, "follow", path);
+    std::string result = found;
+    ::free(found);
+    return result;
   }
 
   void rename(const std::string& from, const std::string& to) override {

@@ -77,6 +77,41 @@ TEST_F(LocalFileSystemTest, CreateFollowsNoSymlinkAndTakesNoFifo) {
   EXPECT_EQ(get("target"), "kept");
 }
 
+TEST_F(LocalFileSystemTest, SeveralMayWriteAFileThatExists) {
+  EXPECT_ERROR(ErrorCode::kNotFound, "cannot create", fs.create(dir / "f", CreateMode::kExisting));
+  EXPECT_EQ(fs.status(dir / "f"), std::nullopt);
+  put("f", "0123456789");
+  const auto one = fs.create(dir / "f", CreateMode::kExisting);
+  const auto two = fs.create(dir / "f", CreateMode::kExisting);
+  one->write(2, as_bytes("ab"));
+  two->write(8, as_bytes("cdef"));
+  one->close();
+  two->close();
+  EXPECT_EQ(get("f"), "01ab4567cdef");
+  ASSERT_EQ(::symlink("f", (dir / "link").c_str()), 0);
+  EXPECT_ERROR(ErrorCode::kIo, "cannot create", fs.create(dir / "link", CreateMode::kExisting));
+  ASSERT_EQ(::mkfifo((dir / "fifo").c_str(), 0600), 0);
+  const int reader = ::open((dir / "fifo").c_str(), O_RDONLY | O_NONBLOCK);
+  ASSERT_NE(reader, -1);
+  EXPECT_ERROR(ErrorCode::kAlreadyExists, "found a FIFO", fs.create(dir / "fifo", CreateMode::kExisting));
+  ::close(reader);
+}
+
+TEST_F(LocalFileSystemTest, TheRealPathLeadsThroughNoSymlink) {
+  fs.create_directories(dir / "blobs");
+  put("blobs/b", "content");
+  ASSERT_EQ(::symlink("blobs", (dir / "also").c_str()), 0);
+  ASSERT_EQ(::symlink("also/b", (dir / "link").c_str()), 0);
+  const std::string root = fs.real_path(dir.path());
+  EXPECT_EQ(fs.real_path(dir / "link"), root + "/blobs/b");
+  EXPECT_EQ(fs.real_path(dir / "also/b"), root + "/blobs/b");
+  EXPECT_EQ(as_text(fs.read_file(fs.real_path(dir / "link"), 100)), "content");
+  EXPECT_EQ(fs.real_path(""), fs.real_path("."));
+  EXPECT_ERROR(ErrorCode::kNotFound, "cannot follow", fs.real_path(dir / "none"));
+  ASSERT_EQ(::symlink("round", (dir / "round").c_str()), 0);
+  EXPECT_ERROR(ErrorCode::kIo, "cannot follow", fs.real_path(dir / "round"));
+}
+
 TEST_F(LocalFileSystemTest, CreateWithoutADirectoryIsNotFound) {
   EXPECT_ERROR(ErrorCode::kNotFound, "No such file", fs.create(dir / "no/f", CreateMode::kTruncate));
 }

@@ -45,13 +45,15 @@ enum class FileCall : uint8_t {
   kStatus,
   kRemoveDirectory,
   kLock,
+  kRealPath,
 };
-inline constexpr size_t kFileCallKinds = 16;
+inline constexpr size_t kFileCallKinds = 17;
 
 inline std::string_view to_string(FileCall call) {
   constexpr std::array<std::string_view, kFileCallKinds> kNames = {
-      "create", "open",   "read",   "write",          "write_back", "start_write_back", "sync",  "close",
-      "rename", "remove", "mkdirs", "sync_directory", "list",       "status",           "rmdir", "lock"};
+      "create", "open",   "read",   "write",  "write_back", "start_write_back",
+      "sync",   "close",  "rename", "remove", "mkdirs",     "sync_directory",
+      "list",   "status", "rmdir",  "lock",   "real_path"};
   return kNames.at(static_cast<size_t>(call));
 }
 
@@ -129,6 +131,9 @@ class FaultFileSystem final : public FileSystem {
     return state_->run({.call = FileCall::kOpen, .path = path}, [&]() -> std::unique_ptr<RandomAccessFile> {
       return std::make_unique<Reader>(state_, real_.open_beneath(directory, relative_path), path);
     });
+  }
+  std::string real_path(const std::string& path) override {
+    return state_->run({.call = FileCall::kRealPath, .path = path}, [&] { return real_.real_path(path); });
   }
   void rename(const std::string& from, const std::string& to) override {
     state_->run({.call = FileCall::kRename, .path = from, .to = to}, [&] { real_.rename(from, to); });

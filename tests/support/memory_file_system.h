@@ -26,6 +26,7 @@ class MemoryFileSystem final : public FileSystem {
   std::unique_ptr<WritableFile> create(const std::string& path, CreateMode mode) override {
     if (!directories_.contains(parent_of(path))) throw os_error(ENOENT, "create", path);
     if (mode == CreateMode::kExclusive && files_.contains(path)) throw os_error(EEXIST, "create", path);
+    if (mode == CreateMode::kExisting) throw os_error(ENOTSUP, "open for writing", path);  // no job here needs it
     return std::make_unique<Writer>(files_[path] = std::make_shared<Bytes>());
   }
   std::unique_ptr<RandomAccessFile> open(const std::string& path) override {
@@ -37,6 +38,7 @@ class MemoryFileSystem final : public FileSystem {
                                                  const std::string& relative_path) override {
     return open(join_path(directory, relative_path));
   }
+  std::string real_path(const std::string& path) override { return path; }
   void rename(const std::string& from, const std::string& to) override {
     const auto found = files_.find(from);
     if (found == files_.end()) throw os_error(ENOENT, "rename", from);

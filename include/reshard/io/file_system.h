@@ -83,6 +83,7 @@ struct FileStatus {
 enum class CreateMode : uint8_t {
   kExclusive,  // fails with kAlreadyExists
   kTruncate,   // empties it first
+  kExisting,   // opens it as it is, and fails with kNotFound where there is none: a file that several processes write
 };
 
 class FileSystem {
@@ -103,6 +104,10 @@ class FileSystem {
   /// trusted and may be a symlink.
   virtual std::unique_ptr<RandomAccessFile> open_beneath(const std::string& directory,
                                                          const std::string& relative_path) = 0;
+
+  /// The path without symlinks that leads to what `path` leads to, which must exist (kNotFound): for files that their
+  /// owner keeps elsewhere, as the Hugging Face cache does.
+  virtual std::string real_path(const std::string& path) = 0;
 
   /// Gives `from` the name `to`, replacing a file that has it. Atomic, not durable.
   virtual void rename(const std::string& from, const std::string& to) = 0;
