@@ -13,6 +13,20 @@
 
 namespace reshard {
 
+/// Saves one state a rank.
+template <class State = MemorySaveState>
+SaveResult save_safetensors(const std::string& directory, const std::vector<State>& ranks,
+                            const HuggingFaceWriterOptions& options = {.sync_files = false},
+                            FileSystem& file_system = local_file_system()) {
+  std::vector<SaveResult> results(ranks.size());
+  on_ranks(ranks.size(), [&](size_t rank, Transport& transport) {
+    DefaultSavePlanner planner;
+    HuggingFaceStorageWriter writer(directory, options, file_system);
+    results[rank] = run_save(transport, ranks[rank], planner, writer);
+  });
+  return results[0];
+}
+
 /// Loads into one state a rank; returns what each rank read.
 inline std::vector<ReadCounters> load_safetensors(const std::string& directory, std::vector<MemoryLoadState>& ranks,
                                                   const HuggingFaceReaderOptions& options = {},

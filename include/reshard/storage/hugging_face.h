@@ -6,7 +6,10 @@
 // Both sides fit into save() and load() like any storage. Names of nested entries are joined by dots, as everywhere.
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "reshard/io/file_system.h"
 #include "reshard/storage/filesystem.h"
@@ -18,6 +21,68 @@ namespace reshard {
 inline constexpr const char* kSafetensorsIndexFileName = "model.safetensors.index.json";
 /// Largest index that is read: 1 GiB.
 inline constexpr uint64_t kMaxSafetensorsIndexBytes = uint64_t{1} << 30;
+
+/// Tensor -> number of the file that it goes into, from 1 to N.
+using FqnToIndexMapping = std::map<std::string, int64_t>;
+
+struct HuggingFaceWriterOptions {
+  /// True: whole tensors in `model-<i>-of-<n>.safetensors` with an index, which every program that knows the format
+  /// reads. All ranks write into the same files at once, each its parts, so that there is no second pass; the file
+  /// system must be one that all ranks share and that keeps what different hosts write to different bytes of a file.
+  /// False: files of its own for each rank, with DCP_SHARDING_INFO, as PyTorch's HuggingFaceStorageWriter writes with
+  /// save_distributed.
+  bool consolidate = true;
+  /// Empty: all tensors go into file 1. Otherwise every tensor needs a number; n is the largest one.
+  FqnToIndexMapping fqn_to_index_mapping{};
+  /// fsync data, index and directory. Without it a save is atomic but survives no power loss.
+  bool sync_files = true;
+};
+
+/// Writes one checkpoint into a directory without safetensors files (kAlreadyExists: files of two checkpoints in one
+/// directory cannot be told apart). Values that are no tensors are kInvalidArgument, dtypes that the format lacks
+/// kUnsupported, each naming the key. Tied tensors are written under each of their names.
+///
+/// Consolidated files are, byte for byte, those that `safetensors.torch.save_file` writes of the same tensors, whatever
+/// the number of ranks. Files have temporary names until all ranks are done. A consolidated save is committed by the
+/// rename of its index, a sharded one once the last of its files is renamed; a crash before leaves a directory whose
+/// reading fails: for want of files, or of parts of tensors (each file says how large its whole tensors are, in a member
+/// that PyTorch ignores).
+class HuggingFaceStorageWriter final : public StorageWriter {
+ public:
+  /// `file_system` is borrowed; the directory is made if missing.
+  explicit HuggingFaceStorageWriter(std::string directory, HuggingFaceWriterOptions options = {},
+                                    FileSystem& file_system = local_file_system());
+  ~HuggingFaceStorageWriter() override;
+  std::string checkpoint_id() const override { return directory_; }
+  void begin_save(const std::string& save_id) override;
+  std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override;
+  std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,
+                                      const StorageContext& context) override;
+  void finish(const Metadata& metadata, const StorageContext& context, Committed& committed) override;
+  void abandon() noexcept override;
+
+ private:
+  struct Layout;
+
+  std::string directory_;
+  HuggingFaceWriterOptions options_;
+  FileSystem& file_system_;
+  std::string save_id_;
+  std::unique_ptr<Layout> layout_;  // of a consolidated save, on the coordinator
+  std::vector<std::string> made_;   // names of this save that abandon() has to remove
+};
+
+/// Writes all tensors of a checkpoint, whatever its storage, into a directory as a consolidated save of them does. One
+/// process; memory does not grow with the tensors. Errors as for HuggingFaceStorageWriter, and what the reader throws;
+/// nothing is left then.
+void export_safetensors(StorageReader& reader, const std::string& output_directory,
+                        const FqnToIndexMapping& fqn_to_index_mapping = {},
+                        FileSystem& file_system = local_file_system(), const ProgressFn& progress = {});
+
+/// The same for a directory of sharded safetensors files, this library's or PyTorch's.
+void consolidate_safetensors_files(const std::string& input_directory, const std::string& output_directory,
+                                   const FqnToIndexMapping& fqn_to_index_mapping = {},
+                                   FileSystem& file_system = local_file_system());
 
 struct HuggingFaceReaderOptions {
   /// Neighbouring ranges of a file closer than this many bytes are read in one call.
