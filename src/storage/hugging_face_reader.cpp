@@ -7,18 +7,13 @@
 #include "reshard/format/safetensors.h"
 #include "reshard/storage/hugging_face.h"
 #include "storage/direct_reader.h"
-#include "storage/hugging_face_names.h"
+#include "storage/hugging_face_files.h"
 #include "storage/stored_items.h"
 
 namespace reshard {
 namespace {
 
 constexpr uint64_t kPendingBytes = 16 << 20;  // of destinations that are filled together
-
-std::unique_ptr<RandomAccessFile> open_file(FileSystem& file_system, const std::string& directory,
-                                            const std::string& name) {
-  return file_system.open(file_system.real_path(join_path(directory, name)));
-}
 
 /// The files of a checkpoint, and where its index, if it has one, says that tensors are.
 struct Files {
@@ -191,7 +186,7 @@ Metadata HuggingFaceStorageReader::read_metadata() {
   Catalogue catalogue;
   for (const std::string& name : files.names) {
     with_error_context({.file = join_path(directory_, name)}, [&] {
-      const auto file = open_file(file_system_, directory_, name);
+      const auto file = open_following(file_system_, directory_, name);
       Bytes bytes(static_cast<size_t>(std::min<uint64_t>(kSafetensorsPrefixBytes, file->size())));
       file->read_exactly(0, bytes, "length of the safetensors header");
       const uint64_t data_begin = safetensors_data_begin(bytes, file->size());
@@ -229,7 +224,7 @@ void HuggingFaceStorageReader::read_data(const LoadPlan& plan, LoadPlanner& plan
     };
     items.for_each_file([&](const std::string& path, std::span<const Stored> of_file) {
       with_error_context({.file = path}, [&] {
-        const auto opened = open_file(file_system_, directory_, path);
+        const auto opened = open_following(file_system_, directory_, path);
         const CountedFile file(*opened, nullptr, counters_);
         DirectReader reader(file, options_.coalesce_gap, nullptr, counters_, on_read);
         // Small tensors are read together with their neighbours.

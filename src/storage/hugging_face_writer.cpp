@@ -17,7 +17,7 @@
 #include "reshard/planner/default_planner.h"
 #include "reshard/storage/hugging_face.h"
 #include "storage/box_planner.h"
-#include "storage/hugging_face_names.h"
+#include "storage/hugging_face_files.h"
 
 namespace reshard {
 namespace {

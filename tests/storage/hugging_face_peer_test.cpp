@@ -147,14 +147,15 @@ TEST_F(HuggingFacePeerTest, BoolsAreReadByBoth) {
   expect_python_succeeds("hugging_face_peer.py check " + quoted("bools"));
 }
 
-/// Loads everything on two ranks, in rows, and compares with expected.json.
-void expect_holds(const std::string& directory) {
+/// Loads everything on two ranks, in rows, with a reader of each rank's own, and compares with expected.json.
+template <class MakeReader>
+void expect_holds(const std::string& directory, const MakeReader& make_reader) {
   const json expected = json::parse(as_text(read_bytes(directory + "/expected.json")));
   std::vector<std::vector<StateEntry>> entries(2);
   for (const auto& [fqn, what] : expected.items()) {
-    const auto shape = what["shape"].get<std::vector<int64_t>>();
+    const auto shape = what["shape"].template get<std::vector<int64_t>>();
     const Dims size{std::span<const int64_t>(shape)};
-    const auto dtype = dtype_from_string(what["dtype"].get<std::string>());
+    const auto dtype = dtype_from_string(what["dtype"].template get<std::string>());
     ASSERT_TRUE(dtype) << what;
     for (int64_t rank = 0; rank < 2; ++rank) {
       entries[static_cast<size_t>(rank)].push_back(
@@ -166,9 +167,8 @@ void expect_holds(const std::string& directory) {
   for (auto& of_rank : entries) ranks.emplace_back(of_rank);
   on_ranks(2, [&](size_t rank, Transport& transport) {
     DefaultLoadPlanner planner;
-    HuggingFaceStorageReader reader(directory);
-    const LoadReport report = run_load(transport, ranks[rank], planner, reader);
-    EXPECT_TRUE(report.unexpected.empty());
+    auto reader = make_reader();
+    run_load(transport, ranks[rank], planner, reader);
     EXPECT_EQ(reader.counters().bytes_read, reader.counters().bytes_needed);
   });
   for (size_t e = 0; e < entries[0].size(); ++e) {
@@ -183,7 +183,9 @@ void expect_holds(const std::string& directory) {
 TEST_F(HuggingFacePeerTest, WhatBothWriteIsRead) {
   expect_python_succeeds("hugging_face_peer.py write '" + directory_.path() + "'");
   for (const char* name : {"save_file", "torch_plain", "torch_sharded", "torch_consolidated"}) {
-    expect_holds(directory_ / name);
+    expect_holds(directory_ / name, [&] { return HuggingFaceStorageReader(directory_ / name); });
+    EXPECT_EQ(HuggingFaceStorageReader(directory_ / name).read_metadata().state_dict_metadata.size(),
+              json::parse(as_text(read_bytes(directory_ / (std::string(name) + "/expected.json")))).size());
   }
   // PyTorch's shards, consolidated here, are what PyTorch makes of them.
   consolidate_safetensors_files(directory_ / "torch_sharded", directory_ / "here",
@@ -192,6 +194,16 @@ TEST_F(HuggingFacePeerTest, WhatBothWriteIsRead) {
     expect_python_succeeds("hugging_face_peer.py same " + quoted(std::string("here/") + name) + " " +
                            quoted(std::string("torch_consolidated/") + name));
   }
+}
+
+TEST_F(HuggingFacePeerTest, QuantizedWeightsAreWhatPyTorchMakesOfThem) {
+  expect_python_succeeds("hugging_face_peer.py quantized '" + directory_.path() + "'");
+  const auto expect_dequantized = [&](const std::string& name, const QuantizedHuggingFaceReaderOptions& options) {
+    expect_holds(directory_ / name, [&] { return QuantizedHuggingFaceStorageReader(directory_ / name, options); });
+  };
+  expect_dequantized("quantized_128_float32", {});
+  expect_dequantized("quantized_48_bfloat16", {.target_dtype = DType::kBFloat16, .block_size = 48});
+  expect_dequantized("quantized_48_float16", {.target_dtype = DType::kFloat16, .block_size = 48});
 }
 
 // --- a real model

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "reshard/core/dtype.h"
 #include "reshard/io/file_system.h"
 #include "reshard/storage/filesystem.h"
 #include "reshard/storage/storage.h"
@@ -114,6 +115,45 @@ class HuggingFaceStorageReader final : public StorageReader {
   std::string directory_;
   HuggingFaceReaderOptions options_;
   FileSystem& file_system_;
+  const Metadata* metadata_ = nullptr;
+  ReadCounters counters_;
+};
+
+struct QuantizedHuggingFaceReaderOptions {
+  /// Of what is loaded: float32, bfloat16 or float16 (else kInvalidArgument).
+  DType target_dtype = DType::kFloat32;
+  /// Rows and columns that share a scale in `_scale_inv`.
+  int64_t block_size = 128;
+  HuggingFaceReaderOptions files = {};
+};
+
+/// Loads quantized weights as what they stand for; in a directory as for HuggingFaceStorageReader, each quantized tensor
+/// and its scales whole in a file (not the same one). Tensors without scales load as they are, the scales, too.
+///
+///   <name>, <name>_scale_inv             blocks of the last two dimensions (DeepSeek): eight-bit floats, or any float,
+///                                        times the scale of their block; blocks at the edges may be cut
+///   <name>_blocks, <name>_scales         MXFP4 (gpt-oss): uint8 [..., G, B] of two four-bit floats each, low half first,
+///                                        and uint8 [..., G] powers of two; loads as <name>_blocks [..., G * B * 2]
+///
+/// The catalogue has the sizes and the dtype of what is loaded. Any part of a tensor can be wanted; of values and scales
+/// only those that it needs are read. Computed in float32 and rounded once, to nearest even.
+class QuantizedHuggingFaceStorageReader final : public StorageReader {
+ public:
+  explicit QuantizedHuggingFaceStorageReader(std::string directory, QuantizedHuggingFaceReaderOptions options = {},
+                                             FileSystem& file_system = local_file_system());
+  /// Also kUnsupported naming the key for scales that do not fit their tensor (is block_size right?), and for quantized
+  /// tensors in several chunks.
+  Metadata read_metadata() override;
+  void set_up_storage_reader(const Metadata& metadata) override;
+  void read_data(const LoadPlan& plan, LoadPlanner& planner, const StorageContext& context) override;
+  /// bytes_needed: of stored values and scales.
+  ReadCounters counters() const;
+
+ private:
+  std::string directory_;
+  QuantizedHuggingFaceReaderOptions options_;
+  FileSystem& file_system_;
+  HuggingFaceStorageReader plain_;
   const Metadata* metadata_ = nullptr;
   ReadCounters counters_;
 };

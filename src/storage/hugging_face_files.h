@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// The names of safetensors files, as Hugging Face and PyTorch give them.
+// The names of safetensors files, as Hugging Face and PyTorch give them, and how they are opened.
 
 #include <array>
 #include <charconv>
 #include <cstdint>
 #include <cstdio>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+
+#include "reshard/io/file_system.h"
 
 namespace reshard {
 
@@ -54,6 +57,12 @@ inline std::optional<ModelFileName> parse_model_file_name(std::string_view name)
     return std::nullopt;
   }
   return parsed;
+}
+
+/// Opens a file of a checkpoint, also one that is a symlink, as in the Hub's cache.
+inline std::unique_ptr<RandomAccessFile> open_following(FileSystem& file_system, const std::string& directory,
+                                                        const std::string& name) {
+  return file_system.open(file_system.real_path(join_path(directory, name)));
 }
 
 }  // namespace reshard
