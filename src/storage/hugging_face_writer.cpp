@@ -192,6 +192,19 @@ void remove_quietly(FileSystem& file_system, const std::string& directory, const
   }
 }
 
+/// A file of one rank's own, or one that the coordinator has made for all.
+std::unique_ptr<WritableFile> open_output(FileSystem& file_system, const std::string& path, bool is_shared) {
+  if (!is_shared) return file_system.create(path, CreateMode::kExclusive);
+  try {
+    return file_system.create(path, CreateMode::kExisting);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kNotFound) throw;
+    throw Error(ErrorCode::kFailedPrecondition,
+                "a file that rank 0 has made is not here: do all ranks share the file system of this directory?",
+                {.file = path});
+  }
+}
+
 /// There is no checkpoint in the directory, which is made if missing.
 void require_vacant(FileSystem& file_system, const std::string& directory) {
   file_system.create_directories(directory);
@@ -346,8 +359,7 @@ std::vector<WriteResult> HuggingFaceStorageWriter::write_data(const SavePlan& pl
       with_error_context({.file = join_path(directory_, name)}, [&] {
         const std::string temporary = temporary_name(name, context.save_id);
         if (layout_ == nullptr) made_.push_back(temporary);
-        const auto file = file_system_.create(join_path(directory_, temporary),
-                                              options_.consolidate ? CreateMode::kExisting : CreateMode::kExclusive);
+        const auto file = open_output(file_system_, join_path(directory_, temporary), options_.consolidate);
         if (!job.head.empty()) file->write(0, job.head);
         // What is written lies in [begin, end) of the file, perhaps among parts of other ranks.
         uint64_t begin = job.head.empty() ? std::numeric_limits<uint64_t>::max() : 0;

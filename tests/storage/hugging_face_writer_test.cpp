@@ -2,10 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <filesystem>
-#include <set>
 
-#include "reshard/storage/verify.h"
 #include "storage/hugging_face_runs.h"
 #include "support/expect_error.h"
 #include "support/fault_file_system.h"
@@ -124,6 +123,20 @@ TEST_F(HuggingFaceWriterTest, SeveralChunksOfATensorOnARankAreInFilesOfTheirOwn)
       ElementsAre("shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors",
                   "shard-00003-model-00001-of-00001.safetensors", "shard-00004-model-00001-of-00001.safetensors"));
   expect_loads({{replica_entry("w", {4, 4})}});
+}
+
+/// After an error: nothing, or, where the save is committed, all.
+void expect_nothing_or_all(const std::string& directory, Committed committed) {
+  auto left = local_file_system().list(directory);
+  // Made by a create that was reported as failed; nobody knows of it.
+  std::erase_if(left, [](const std::string& name) { return name.starts_with("model.safetensors.index.json.tmp-"); });
+  if (committed == Committed::kNo) {
+    EXPECT_THAT(left, IsEmpty());
+    return;
+  }
+  auto ranks = states<MemoryLoadState>({model_on_one()});
+  load_safetensors(directory, ranks);
+  EXPECT_EQ(first_difference(ranks), "");
 }
 
 class HuggingFaceReshardingTest : public testing::TestWithParam<bool> {};
@@ -282,21 +295,59 @@ TEST_F(HuggingFaceWriterTest, FilesThatAreNoSafetensorsStay) {
   EXPECT_THAT(files(), ElementsAre("config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"));
 }
 
-// --- failures
-
-/// After an error: nothing, or, where the save is committed, all.
-void expect_nothing_or_all(const std::string& directory, Committed committed) {
-  auto left = local_file_system().list(directory);
-  // Made by a create that was reported as failed; nobody knows of it.
-  std::erase_if(left, [](const std::string& name) { return name.starts_with("model.safetensors.index.json.tmp-"); });
-  if (committed == Committed::kNo) {
-    EXPECT_THAT(left, IsEmpty());
-    return;
-  }
-  auto ranks = states<MemoryLoadState>({model_on_one()});
-  load_safetensors(directory, ranks);
-  EXPECT_EQ(first_difference(ranks), "");
+TEST_F(HuggingFaceWriterTest, RanksOnDifferentFileSystemsAreTold) {
+  const auto ranks = states<MemorySaveState>(model_on_two());
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "do all ranks share the file system",
+               on_ranks(2, [&](size_t rank, Transport& transport) {
+                 DefaultSavePlanner planner;
+                 std::filesystem::create_directories(path("of-rank-1"));
+                 HuggingFaceStorageWriter writer(path(rank == 0 ? "of-rank-0" : "of-rank-1"), kConsolidated);
+                 run_save(transport, ranks[rank], planner, writer);
+               }));
+  EXPECT_THAT(local_file_system().list(path("of-rank-0")), IsEmpty());
+  EXPECT_THAT(local_file_system().list(path("of-rank-1")), IsEmpty());
 }
+
+TEST_P(HuggingFaceReshardingTest, APlanThatIsKeptServesTheNextDirectory) {
+  const TemporaryDirectory directory;
+  std::vector<SavePlanCache> caches(2);
+  const auto ranks = states<MemorySaveState>(model_on_two());
+  for (const char* name : {"first", "second", "third"}) {
+    on_ranks(2, [&](size_t rank, Transport& transport) {
+      DefaultSavePlanner planner;
+      HuggingFaceStorageWriter writer(directory / name, GetParam() ? kConsolidated : kSharded);
+      run_save(transport, ranks[rank], planner, writer, {}, &caches[rank]);
+    });
+    auto loaded = states<MemoryLoadState>({model_on_one()});
+    load_safetensors(directory / name, loaded);
+    EXPECT_EQ(first_difference(loaded), "");
+  }
+  EXPECT_EQ(caches[0].hits(), 2u);
+}
+
+TEST_P(HuggingFaceReshardingTest, AnErrorAtAnyTestPointLeavesNothing) {
+  const auto ranks = states<MemorySaveState>(model_on_two());
+  bool reached = true;
+  int points = 0;
+  for (int nth = 1; reached; ++nth) {
+    const TemporaryDirectory directory;
+    std::atomic<int> passed = 0;
+    set_test_point_handler([&](std::string_view) {
+      if (++passed == nth) throw Error(ErrorCode::kIo, "stopped by the test");
+    });
+    try {
+      save_safetensors(directory.path(), ranks, GetParam() ? kConsolidated : kSharded);
+      reached = passed >= nth;
+    } catch (const CheckpointError& error) {
+      ++points;
+      expect_nothing_or_all(directory.path(), error.committed());
+    }
+    set_test_point_handler(nullptr);
+  }
+  EXPECT_GT(points, 10);
+}
+
+// --- failures
 
 TEST_P(HuggingFaceReshardingTest, AfterAnErrorOfAnyCallNothingIsLeft) {
   const auto ranks = states<MemorySaveState>(model_on_two());
