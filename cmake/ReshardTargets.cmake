@@ -8,7 +8,11 @@ function(reshard_target_defaults target)
                                            $<$<BOOL:${RESHARD_WARNINGS_AS_ERRORS}>:-Werror>)
   # At -O3 and under sanitizers GCC 12 sees overlaps, overflows and uninitialised memory inside std::string and std::vector that are not there (its bug 105651 and kin).
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-    target_compile_options(${target} PRIVATE "$<$<OR:$<NOT:$<CONFIG:Debug>>,$<BOOL:${RESHARD_SANITIZE}>>:-Wno-restrict;-Wno-stringop-overflow;-Wno-maybe-uninitialized>")
+    set(sanitized 0)  # the option's commas would end the expression's first part
+    if(RESHARD_SANITIZE)
+      set(sanitized 1)
+    endif()
+    target_compile_options(${target} PRIVATE "$<$<OR:$<NOT:$<CONFIG:Debug>>,${sanitized}>:-Wno-restrict;-Wno-stringop-overflow;-Wno-maybe-uninitialized>")
   endif()
   if(RESHARD_SANITIZE)
     target_compile_options(${target} PRIVATE -fsanitize=${RESHARD_SANITIZE} -fno-omit-frame-pointer
