@@ -22,7 +22,7 @@
 namespace reshard {
 namespace {
 
-constexpr uint64_t kWriteBytes = 4 << 20;    // copied at once of a tensor that does not lie row-major
+constexpr uint64_t kWriteBytes = 4 << 20;    // of one call, so that there is progress; copied at once where need be
 constexpr uint64_t kSyncBytes = 64 << 20;    // sent to the device between two signs of progress
 constexpr uint64_t kExportBytes = 16 << 20;  // of a tensor, read and written at once
 
@@ -149,9 +149,14 @@ void write_chunk(WritableFile& file, uint64_t begin, const Dims& size, const Box
       Box box = part;
       for (size_t d = 0; d < box.offsets.size(); ++d) box.offsets[d] += chunk.offsets[d];
       for_each_run(whole_box(size), box, [&](int64_t to, int64_t from, int64_t length) {
-        const auto bytes = static_cast<size_t>(length * width);
-        file.write(begin + static_cast<uint64_t>(to * width), dense.subspan(static_cast<size_t>(from * width), bytes));
-        on_written(bytes);
+        ByteSpan run = dense.subspan(static_cast<size_t>(from * width), static_cast<size_t>(length * width));
+        for (uint64_t at = begin + static_cast<uint64_t>(to * width); !run.empty();) {
+          const ByteSpan piece = run.first(std::min<size_t>(run.size(), kWriteBytes));
+          file.write(at, piece);
+          on_written(piece.size());
+          at += piece.size();
+          run = run.subspan(piece.size());
+        }
       });
       dense = dense.subspan(static_cast<size_t>(volume(part.sizes) * width));
     }

@@ -238,6 +238,26 @@ TEST_P(HuggingFaceReshardingTest, WithoutTensorsOnSomeRank) {
   EXPECT_EQ(first_difference(loaded), "");
 }
 
+TEST_P(HuggingFaceReshardingTest, LargeTensorsShowProgress) {
+  const TemporaryDirectory directory;
+  const Dims size{3000, 2500};
+  const auto ranks = sharded<MemorySaveState>("w", size, split(size, 0, 1));
+  uint64_t last = 0;
+  uint64_t largest = 0;
+  on_ranks(1, [&](size_t rank, Transport& transport) {
+    DefaultSavePlanner planner;
+    HuggingFaceStorageWriter writer(directory.path(), GetParam() ? kConsolidated : kSharded);
+    run_save(transport, ranks[rank], planner, writer, [&](const Progress& progress) {
+      EXPECT_EQ(progress.step, "write");
+      EXPECT_EQ(progress.total, 30'000'000u);
+      largest = std::max(largest, progress.done - last);
+      last = progress.done;
+    });
+  });
+  EXPECT_EQ(last, 30'000'000u);
+  EXPECT_LE(largest, 4u << 20);
+}
+
 // --- refusals
 
 TEST_F(HuggingFaceWriterTest, AnEmptyStateIsAnEmptyFile) {
