@@ -369,6 +369,44 @@ class IndexReader final : public JsonReader {
   bool has_map_ = false;
 };
 
+class ShardListReader final : public JsonReader {
+ public:
+  std::vector<std::string> take() {
+    if (!has_files_) lacks({}, kFiles);
+    return std::move(files_);
+  }
+
+ private:
+  static constexpr std::string_view kFiles = "files";
+
+  void on_key(std::string& key) override {
+    if (depth() == 1) key_ = std::move(key);
+  }
+  void on_open(bool is_object) override {
+    if (depth() == 0 && !is_object) fail("an object", "a list");
+    if (depth() == 1 && key_ == kFiles) {
+      if (is_object) fail("files: a list", "an object");
+      if (std::exchange(has_files_, true)) twice(key_);
+    } else if (depth() == 2) {
+      on_other(is_object ? "an object" : "a list");
+    }
+  }
+  void on_close() override {}
+  void on_text(std::string& text) override {
+    if (depth() != 2 || key_ != kFiles) return on_other("a text");
+    files_.push_back(std::move(text));
+  }
+  void on_number(uint64_t) override { on_other("a number"); }
+  void on_other(const std::string& found) override {
+    if (depth() == 0) fail("an object", found);
+    if (depth() <= 2 && key_ == kFiles) fail("files: a list of names", found);
+  }
+
+  std::vector<std::string> files_;
+  std::string key_;
+  bool has_files_ = false;
+};
+
 /// Bytes that the dtype and shape of a tensor take.
 uint64_t size_of(const SafetensorsTensor& tensor) {
   return static_cast<uint64_t>(checked_mul(volume(tensor.shape), element_size(tensor.dtype), "size of a tensor"));
@@ -560,6 +598,20 @@ Bytes encode_safetensors_index(const SafetensorsIndex& index) {
   Json::object_t map;
   for (const auto& [name, file] : index.weight_map) map.push_back({name, file});
   json["weight_map"] = std::move(map);
+  const std::string text = json.dump(2) + "\n";
+  const ByteSpan out = as_bytes(text);
+  return {out.begin(), out.end()};
+}
+
+std::vector<std::string> decode_safetensors_shards(ByteSpan bytes) {
+  ShardListReader reader;
+  reader.read(as_text(bytes), "the list of safetensors shards");
+  return reader.take();
+}
+
+Bytes encode_safetensors_shards(const std::vector<std::string>& files) {
+  Json json = Json::object();
+  json["files"] = files;
   const std::string text = json.dump(2) + "\n";
   const ByteSpan out = as_bytes(text);
   return {out.begin(), out.end()};

@@ -59,6 +59,20 @@ Files find_files(FileSystem& file_system, const std::string& directory) {
     });
     return files;
   }
+  if (std::ranges::binary_search(listed, std::string(kSafetensorsShardsFileName))) {
+    const std::string path = join_path(directory, kSafetensorsShardsFileName);
+    with_error_context({.file = path}, [&] {
+      for (std::string& name :
+           decode_safetensors_shards(file_system.read_file(file_system.real_path(path), kMaxSafetensorsIndexBytes))) {
+        if (!std::ranges::binary_search(listed, name)) {
+          throw Error(ErrorCode::kNotFound, "a file of a sharded checkpoint is missing: was it ever finished?",
+                      {.wanted = name});
+        }
+        files.names.insert(std::move(name));
+      }
+    });
+    return files;
+  }
   if (std::ranges::binary_search(listed, std::string(kSafetensorsFileName))) {
     files.names = {kSafetensorsFileName};
     return files;

@@ -4,7 +4,8 @@
 //   1. prepare_global_plan   the coordinator lays out every file, byte for byte, and makes the files of a consolidated
 //                            save, empty and under temporary names
 //   2. write_data            each rank writes its parts where they belong (the coordinator also the headers), and syncs
-//   3. finish                renames the files, syncs the directory, then puts the index in place
+//   3. finish                consolidated: renames the files, syncs the directory, then puts the index in place
+//                            sharded: lists the files, renames them, syncs the directory
 #include <algorithm>
 #include <limits>
 #include <set>
@@ -34,7 +35,7 @@ std::string temporary_name(const std::string& name, const std::string& save_id) 
 bool is_temporary(std::string_view name) {
   const std::string infix(kTemporaryInfix);
   return name.find(std::string(kSafetensorsSuffix) + infix) != std::string_view::npos ||
-         name.starts_with(kSafetensorsIndexFileName + infix);
+         name.starts_with(kSafetensorsIndexFileName + infix) || name.starts_with(kSafetensorsShardsFileName + infix);
 }
 
 /// The highest number of a file.
@@ -214,19 +215,27 @@ std::unique_ptr<WritableFile> open_output(FileSystem& file_system, const std::st
 void require_vacant(FileSystem& file_system, const std::string& directory) {
   file_system.create_directories(directory);
   for (const std::string& name : file_system.list(directory)) {
-    if (name != kSafetensorsIndexFileName && !name.ends_with(kSafetensorsSuffix)) continue;
+    if (name != kSafetensorsIndexFileName && name != kSafetensorsShardsFileName &&
+        !name.ends_with(kSafetensorsSuffix)) {
+      continue;
+    }
     throw Error(ErrorCode::kAlreadyExists,
                 "the directory holds safetensors files, and they could not be told from new ones",
                 {.file = join_path(directory, name)});
   }
 }
 
-/// Gives files their names, then puts the index, if any, in place. `made` has the names to remove after an error.
+/// Gives files their names, then puts the index in place; without one, lists the names first. `made` has the names to
+/// remove after an error.
 void commit(FileSystem& file_system, const std::string& directory, const std::string& save_id,
             const std::set<std::string>& names, const std::optional<Bytes>& index, bool sync_files,
             std::vector<std::string>& made, Committed& committed) {
   committed = Committed::kNo;
-  made.reserve(made.size() + names.size());
+  if (!index) {
+    made.push_back(kSafetensorsShardsFileName);
+    replace_file_atomically(file_system, directory, kSafetensorsShardsFileName,
+                            encode_safetensors_shards({names.begin(), names.end()}), sync_files);
+  }
   for (const std::string& name : names) {
     test_point("safetensors.before_rename");
     made.push_back(name);

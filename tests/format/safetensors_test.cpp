@@ -312,6 +312,28 @@ TEST(SafetensorsIndexTest, DefectsAreNamed) {
   refuse(R"({"weight_map":{},"weight_map":{}})", "a key occurs twice");
 }
 
+TEST(SafetensorsShardsTest, AreWrittenAndRead) {
+  const std::vector<std::string> files = {"b", "a"};
+  EXPECT_EQ(as_text(encode_safetensors_shards(files)), "{\n  \"files\": [\n    \"b\",\n    \"a\"\n  ]\n}\n");
+  EXPECT_EQ(decode_safetensors_shards(encode_safetensors_shards(files)), files);
+  EXPECT_EQ(decode_safetensors_shards(as_bytes(R"({"x":{"files":1},"y":[1,"z",[]],"files":[],"z":1})")),
+            std::vector<std::string>());
+}
+
+TEST(SafetensorsShardsTest, DefectsAreNamed) {
+  const auto refuse = [](const char* json, const char* text) {
+    EXPECT_ERROR(ErrorCode::kCorruptData, text, decode_safetensors_shards(as_bytes(json))) << json;
+  };
+  refuse("", "no valid JSON");
+  refuse("[]", "wanted an object");
+  refuse("{}", "wanted files");
+  refuse(R"({"files":{}})", "files: a list");
+  refuse(R"({"files":"a"})", "files: a list");
+  refuse(R"({"files":[1]})", "files: a list");
+  refuse(R"({"files":[["a"]]})", "files: a list");
+  refuse(R"({"files":[],"files":[]})", "a key occurs twice");
+}
+
 TEST(SafetensorsShardingTest, IsWrittenAndRead) {
   const SafetensorsSharding sharding = {{"a", {{2, 0}, Dims{4, 8}}}, {"b", {{}, std::nullopt}}};
   EXPECT_EQ(encode_sharding_info(sharding), R"({"a":{"saved_offsets":[2,0],"size":[4,8]},"b":{"saved_offsets":[]}})");

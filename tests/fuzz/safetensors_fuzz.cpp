@@ -62,6 +62,10 @@ void target(ByteSpan input) {
     require(decode_safetensors_index(encode_safetensors_index(index)) == index, "an index survives being written");
   });
   attempt([&] {
+    const auto files = bounded(256, input, [&] { return decode_safetensors_shards(input); });
+    require(decode_safetensors_shards(encode_safetensors_shards(files)) == files, "a list survives being written");
+  });
+  attempt([&] {
     const SafetensorsSharding sharding = bounded(256, input, [&] { return decode_sharding_info(as_text(input)); });
     require(decode_sharding_info(encode_sharding_info(sharding)) == sharding,
             "sharding information survives being written");

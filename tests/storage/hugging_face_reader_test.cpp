@@ -258,6 +258,20 @@ TEST_F(HuggingFaceReaderTest, IndexThatIsWrong) {
   EXPECT_THAT(names(), UnorderedElementsAre("a", "b"));
 }
 
+TEST_F(HuggingFaceReaderTest, ListOfShardsThatIsWrong) {
+  put("a.safetensors", {matrix("a")});
+  put("b.safetensors", {matrix("b")});
+  const auto list = [&](const char* text) { put_text(kSafetensorsShardsFileName, text); };
+  list(R"({"files": ["a.safetensors"]})");
+  EXPECT_THAT(names(), UnorderedElementsAre("a"));
+  list(R"({"files": ["a.safetensors", "c.safetensors"]})");
+  expect_refused(ErrorCode::kNotFound, "wanted c.safetensors");
+  list(R"({"files": ["../a.safetensors"]})");
+  expect_refused(ErrorCode::kNotFound, "wanted ../a.safetensors");
+  list(R"({"files": "a.safetensors"})");
+  expect_refused(ErrorCode::kCorruptData, kSafetensorsShardsFileName);
+}
+
 TEST_F(HuggingFaceReaderTest, FileThatIsNoSafetensors) {
   put_text("model.safetensors", "");
   expect_refused(ErrorCode::kCorruptData, "model.safetensors");

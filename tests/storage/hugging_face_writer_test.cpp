@@ -90,7 +90,7 @@ TEST_F(HuggingFaceWriterTest, MappingSaysWhichFile) {
 
 TEST_F(HuggingFaceWriterTest, ShardedIsAFileARank) {
   const SaveResult result = save_safetensors(directory_.path(), states<MemorySaveState>(model_on_two()), kSharded);
-  EXPECT_THAT(files(), ElementsAre("shard-00001-model-00001-of-00001.safetensors",
+  EXPECT_THAT(files(), ElementsAre("model.safetensors.shards.json", "shard-00001-model-00001-of-00001.safetensors",
                                    "shard-00002-model-00001-of-00001.safetensors"));
   EXPECT_EQ(result.bytes_written, 5u * 6 * 4 + 4 * 10 * 2 + 8 + 3);
   const SafetensorsHeader second = header("shard-00002-model-00001-of-00001.safetensors");
@@ -105,10 +105,10 @@ TEST_F(HuggingFaceWriterTest, ShardedWithAMapping) {
   HuggingFaceWriterOptions options = kSharded;
   options.fqn_to_index_mapping = {{"w", 1}, {"columns", 2}, {"step", 1}, {"mask", 1}, {"none", 1}};
   save_safetensors(directory_.path(), states<MemorySaveState>(model_on_two()), options);
-  EXPECT_THAT(
-      files(),
-      ElementsAre("shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors",
-                  "shard-00002-model-00001-of-00002.safetensors", "shard-00002-model-00002-of-00002.safetensors"));
+  EXPECT_THAT(files(), ElementsAre("model.safetensors.shards.json", "shard-00001-model-00001-of-00002.safetensors",
+                                   "shard-00001-model-00002-of-00002.safetensors",
+                                   "shard-00002-model-00001-of-00002.safetensors",
+                                   "shard-00002-model-00002-of-00002.safetensors"));
   expect_loads({model_on_one()});
 }
 
@@ -118,10 +118,10 @@ TEST_F(HuggingFaceWriterTest, SeveralChunksOfATensorOnARankAreInFilesOfTheirOwn)
   for (int64_t rank = 0; rank < 2; ++rank) boxes.push_back(flat_range_to_boxes({4, 4}, rank * 7, rank == 0 ? 7 : 16));
   ASSERT_EQ(boxes[1].size(), 2u);
   save_safetensors(directory_.path(), sharded<MemorySaveState>("w", {4, 4}, boxes), kSharded);
-  EXPECT_THAT(
-      files(),
-      ElementsAre("shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors",
-                  "shard-00003-model-00001-of-00001.safetensors", "shard-00004-model-00001-of-00001.safetensors"));
+  EXPECT_THAT(files(), ElementsAre("model.safetensors.shards.json", "shard-00001-model-00001-of-00001.safetensors",
+                                   "shard-00002-model-00001-of-00001.safetensors",
+                                   "shard-00003-model-00001-of-00001.safetensors",
+                                   "shard-00004-model-00001-of-00001.safetensors"));
   expect_loads({{replica_entry("w", {4, 4})}});
 }
 
@@ -129,7 +129,10 @@ TEST_F(HuggingFaceWriterTest, SeveralChunksOfATensorOnARankAreInFilesOfTheirOwn)
 void expect_nothing_or_all(const std::string& directory, Committed committed) {
   auto left = local_file_system().list(directory);
   // Made by a create that was reported as failed; nobody knows of it.
-  std::erase_if(left, [](const std::string& name) { return name.starts_with("model.safetensors.index.json.tmp-"); });
+  std::erase_if(left, [](const std::string& name) {
+    return name.starts_with("model.safetensors.index.json.tmp-") ||
+           name.starts_with("model.safetensors.shards.json.tmp-");
+  });
   if (committed == Committed::kNo) {
     EXPECT_THAT(left, IsEmpty());
     return;
@@ -297,7 +300,8 @@ TEST_F(HuggingFaceWriterTest, MappingsThatDoNotFitAreRefused) {
 }
 
 TEST_F(HuggingFaceWriterTest, DirectoriesWithSafetensorsAreLeftAlone) {
-  for (const char* name : {"model.safetensors", "model.safetensors.index.json", "x.safetensors"}) {
+  for (const char* name :
+       {"model.safetensors", "model.safetensors.index.json", "model.safetensors.shards.json", "x.safetensors"}) {
     write_bytes(path(name), as_bytes("theirs"));
     for (const auto& options : {kConsolidated, kSharded}) {
       EXPECT_ERROR(ErrorCode::kAlreadyExists, name,
@@ -396,22 +400,24 @@ TEST_P(HuggingFaceReshardingTest, AfterAnErrorOfAnyCallNothingIsLeft) {
   }
 }
 
-TEST_F(HuggingFaceWriterTest, AKilledRenameLeavesNoCheckpoint) {
-  // Killed after the first of two files has its name.
-  HuggingFaceWriterOptions options = kConsolidated;
-  options.fqn_to_index_mapping = {{"w", 1}, {"columns", 2}, {"step", 2}, {"mask", 2}, {"none", 2}};
-  const auto save = [&] { save_safetensors(directory_.path(), states<MemorySaveState>({model_on_one()}), options); };
-  int renames = 0;
+TEST_P(HuggingFaceReshardingTest, AKilledRenameLeavesNoCheckpoint) {
+  // Killed after the first of two files has its name. The whole tensors of the other are known to nobody else.
+  const TemporaryDirectory directory;
+  HuggingFaceWriterOptions options = GetParam() ? kConsolidated : kSharded;
+  if (GetParam()) options.fqn_to_index_mapping = {{"a", 1}, {"b", 2}};
+  std::atomic<int> renames = 0;
   set_test_point_handler([&](std::string_view name) {
     if (name == "safetensors.before_rename" && ++renames == 2) {
-      std::filesystem::copy(directory_.path(), directory_.path() + "-killed");
+      std::filesystem::copy(directory / "saved", directory / "killed");
     }
   });
-  save();
+  save_safetensors(directory / "saved", states<MemorySaveState>({{replica_entry("a", {3})}, {replica_entry("b", {3})}}),
+                   options);
   set_test_point_handler(nullptr);
-  EXPECT_ERROR(ErrorCode::kNotFound, "wanted model-00002-of-00002.safetensors",
-               HuggingFaceStorageReader(directory_.path() + "-killed").read_metadata());
-  std::filesystem::remove_all(directory_.path() + "-killed");
+  EXPECT_EQ(renames, 2);
+  EXPECT_EQ(HuggingFaceStorageReader(directory / "saved").read_metadata().state_dict_metadata.size(), 2u);
+  EXPECT_ERROR(ErrorCode::kNotFound, "was it ever finished?",
+               HuggingFaceStorageReader(directory / "killed").read_metadata());
 }
 
 // --- consolidation of files that are there
@@ -446,6 +452,11 @@ TEST_F(HuggingFaceWriterTest, ConsolidationIsBlockByBlock) {
 TEST_F(HuggingFaceWriterTest, ConsolidationOfMissingShardsLeavesNothing) {
   save_safetensors(path("sharded"), states<MemorySaveState>(model_on_two()), kSharded);
   std::filesystem::remove(path("sharded/shard-00002-model-00001-of-00001.safetensors"));
+  EXPECT_ERROR(ErrorCode::kNotFound, "wanted shard-00002-model-00001-of-00001.safetensors",
+               consolidate_safetensors_files(path("sharded"), path("whole")));
+  EXPECT_FALSE(std::filesystem::exists(path("whole")));
+  // Without the list, as PyTorch leaves it.
+  std::filesystem::remove(path("sharded/model.safetensors.shards.json"));
   EXPECT_ERROR(ErrorCode::kCorruptData, "nothing is stored at",
                consolidate_safetensors_files(path("sharded"), path("whole")));
   EXPECT_THAT(local_file_system().list(path("whole")), IsEmpty());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// Hugging Face safetensors: the header at the front of a file, and the two JSON texts that go with it.
+// Hugging Face safetensors: the header at the front of a file, and the JSON texts that go with it.
 //
 //   8 bytes              n, the length of the header, little-endian
 //   n bytes              the header: a JSON object of name -> {dtype, shape, data_offsets}, and `__metadata__`
@@ -72,6 +72,10 @@ struct SafetensorsIndex {
 };
 SafetensorsIndex decode_safetensors_index(ByteSpan bytes);
 Bytes encode_safetensors_index(const SafetensorsIndex& index);
+
+/// `model.safetensors.shards.json`, this library's own: the files of a sharded save.
+std::vector<std::string> decode_safetensors_shards(ByteSpan bytes);
+Bytes encode_safetensors_shards(const std::vector<std::string>& files);
 
 /// Where in its whole tensor a stored part lies.
 struct SafetensorsShard {

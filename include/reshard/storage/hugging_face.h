@@ -20,7 +20,9 @@ namespace reshard {
 
 /// The index of a checkpoint of several files.
 inline constexpr const char* kSafetensorsIndexFileName = "model.safetensors.index.json";
-/// Largest index that is read: 1 GiB.
+/// This library's list of the files of a sharded save; PyTorch ignores it.
+inline constexpr const char* kSafetensorsShardsFileName = "model.safetensors.shards.json";
+/// Largest of both that is read: 1 GiB.
 inline constexpr uint64_t kMaxSafetensorsIndexBytes = uint64_t{1} << 30;
 
 /// Tensor -> number of the file that it goes into, from 1 to N.
@@ -31,7 +33,7 @@ struct HuggingFaceWriterOptions {
   /// reads. All ranks write into the same files at once, each its parts, so that there is no second pass; the file
   /// system must be one that all ranks share and that keeps what different hosts write to different bytes of a file.
   /// False: files of its own for each rank, with DCP_SHARDING_INFO, as PyTorch's HuggingFaceStorageWriter writes with
-  /// save_distributed.
+  /// save_distributed, and a list of them.
   bool consolidate = true;
   /// Empty: all tensors go into file 1. Otherwise every tensor needs a number; n is the largest one.
   FqnToIndexMapping fqn_to_index_mapping{};
@@ -45,9 +47,8 @@ struct HuggingFaceWriterOptions {
 ///
 /// Consolidated files are, byte for byte, those that `safetensors.torch.save_file` writes of the same tensors, whatever
 /// the number of ranks. Files have temporary names until all ranks are done. A consolidated save is committed by the
-/// rename of its index, a sharded one once the last of its files is renamed; a crash before leaves a directory whose
-/// reading fails: for want of files, or of parts of tensors (each file says how large its whole tensors are, in a member
-/// that PyTorch ignores).
+/// rename of its index, a sharded one by that of the last of its files, whose list is there before. What a crash before
+/// leaves is not read for want of files.
 class HuggingFaceStorageWriter final : public StorageWriter {
  public:
   /// `file_system` is borrowed; the directory is made if missing.
@@ -93,8 +94,9 @@ struct HuggingFaceReaderOptions {
 /// Reads a directory of safetensors files. Which of them are the checkpoint:
 ///
 ///   1. those that `model.safetensors.index.json` names; every tensor must be where it says
-///   2. without an index: `model.safetensors`
-///   3. without that: every `*.safetensors`; names `model-<i>-of-<n>` must be complete
+///   2. those that `model.safetensors.shards.json` names, all of which must be there
+///   3. without these: `model.safetensors`
+///   4. without that: every `*.safetensors`; names `model-<i>-of-<n>` must be complete
 ///
 /// A tensor is one chunk; in files with DCP_SHARDING_INFO (PyTorch's and this library's sharded ones) several files hold
 /// chunks of one tensor. Only the bytes that the plan wants are read, after the headers, which the coordinator alone
