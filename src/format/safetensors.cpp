@@ -51,12 +51,6 @@ constexpr std::array<DTypeName, 20> kDTypeNames = {{
 /// wrong with it.
 class JsonReader {
  public:
-  using number_integer_t = Json::number_integer_t;
-  using number_unsigned_t = Json::number_unsigned_t;
-  using number_float_t = Json::number_float_t;
-  using string_t = Json::string_t;
-  using binary_t = Json::binary_t;
-
   virtual ~JsonReader() = default;
 
   void read(std::string_view text, const char* what) {
@@ -69,14 +63,14 @@ class JsonReader {
   // The parser's events.
   bool null() { return other("null"); }
   bool boolean(bool) { return other("a boolean"); }
-  bool number_integer(number_integer_t value) { return other(std::to_string(value)); }
-  bool number_float(number_float_t, const string_t& text) { return other(text); }
-  bool binary(binary_t&) { return other("binary"); }
-  bool number_unsigned(number_unsigned_t value) {
+  bool number_integer(Json::number_integer_t value) { return other(std::to_string(value)); }
+  bool number_float(Json::number_float_t, const std::string& text) { return other(text); }
+  bool binary(Json::binary_t&) { return other("binary"); }
+  bool number_unsigned(Json::number_unsigned_t value) {
     on_number(value);
     return true;
   }
-  bool string(string_t& text) {
+  bool string(std::string& text) {
     on_text(text);
     return true;
   }
@@ -84,7 +78,7 @@ class JsonReader {
   bool start_array(size_t) { return open(false); }
   bool end_object() { return close(); }
   bool end_array() { return close(); }
-  bool key(string_t& text) {
+  bool key(std::string& text) {
     on_key(text);
     return true;
   }

@@ -144,7 +144,7 @@ size_t DirectReader::read_from(size_t begin) {
       parts_.push_back(MutableByteSpan(skipped_).subspan(skipped, gap));
       skipped += gap;
     }
-    parts_.push_back({segment.to, static_cast<size_t>(segment.length)});
+    parts_.emplace_back(segment.to, static_cast<size_t>(segment.length));
     end = segment.offset + segment.length;
   }
   file_.read(offset, parts_, "elements of an item");

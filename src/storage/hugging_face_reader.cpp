@@ -130,7 +130,7 @@ class Catalogue {
     Box empty;              // a chunk without elements, which counts only where there is no other
   };
 
-  void add(const SafetensorsTensor& found, const SafetensorsShard& shard, StorageInfo place) {
+  void add(const SafetensorsTensor& found, const SafetensorsShard& shard, const StorageInfo& place) {
     const size_t rank = found.shape.size();
     if (shard.offsets.size() != rank || (shard.size && shard.size->size() != rank)) {
       throw Error(ErrorCode::kCorruptData, "the tensor has another number of dimensions than its DCP_SHARDING_INFO",

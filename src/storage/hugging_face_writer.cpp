@@ -232,7 +232,7 @@ void commit(FileSystem& file_system, const std::string& directory, const std::st
             std::vector<std::string>& made, Committed& committed) {
   committed = Committed::kNo;
   if (!index) {
-    made.push_back(kSafetensorsShardsFileName);
+    made.emplace_back(kSafetensorsShardsFileName);
     replace_file_atomically(file_system, directory, kSafetensorsShardsFileName,
                             encode_safetensors_shards({names.begin(), names.end()}), sync_files);
   }
@@ -369,7 +369,9 @@ std::vector<WriteResult> HuggingFaceStorageWriter::write_data(const SavePlan& pl
     if (context.progress) context.progress({"write", std::min(done, total), total});
   };
   with_error_context({.rank = context.rank}, [&] {
-    for (const auto& [name, job] : jobs) {
+    for (const auto& entry : jobs) {
+      const std::string& name = entry.first;
+      const Job& job = entry.second;
       with_error_context({.file = join_path(directory_, name)}, [&] {
         const std::string temporary = temporary_name(name, context.save_id);
         if (layout_ == nullptr) made_.push_back(temporary);

@@ -384,10 +384,12 @@ void QuantizedHuggingFaceStorageReader::read_data(const LoadPlan& plan, LoadPlan
     BoxReader scales(file_system_, directory_, options_.files, counters_);
     const DType dtype = options_.target_dtype;
     uint64_t done = 0;
-    for (const auto& [item, tensor] : wants) {
+    for (const Want& want : wants) {
+      const ReadItem* item = want.item;
+      const Quantized& tensor = want.tensor;
       with_error_context(
-          [&, &fqn = tensor.fqn] { return ErrorContext{.key = fqn}; },
-          [&, &item = item, &tensor = tensor] {
+          [&] { return ErrorContext{.key = tensor.fqn}; },
+          [&] {
             const MutableTensorView view = resolve_destination(planner, *item, dtype);
             for (const Box& piece : pieces_of({item->storage_offsets, item->lengths})) {
               const Bytes stored = values.read(tensor.values_file, tensor.values, tensor.values_of(piece));
