@@ -790,6 +790,96 @@ void check_tree(const Value& root, const Limits& limits) {
   }
 }
 
+// --- copy ------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+class Copier {
+ public:
+  Copier(Tree& tree, const std::function<Value(const Value&)>& persistent_id)
+      : tree_(tree), persistent_id_(persistent_id) {}
+
+  Value copy(const Value& v) {
+    switch (v.kind()) {
+      case Kind::kNone:
+      case Kind::kBool:
+      case Kind::kInt:
+      case Kind::kFloat:
+        return v;
+      case Kind::kGlobal:
+        return tree_.global(v.as_global().module, v.as_global().name);
+      default:
+        break;
+    }
+    if (const auto it = copies_.find(Access::identity(v)); it != copies_.end() && it->second.kind() == v.kind()) {
+      return it->second;
+    }
+    const Value made = make(v);
+    copies_[Access::identity(v)] = made;
+    return made;
+  }
+
+ private:
+  Value make(const Value& v) {
+    Access::Arena& arena = Access::arena(tree_);
+    switch (v.kind()) {
+      case Kind::kStr:
+        return Access::text(arena, Kind::kStr, as_bytes(v.as_str()));
+      case Kind::kBytes:
+      case Kind::kByteArray:
+      case Kind::kBigInt:
+        return Access::text(arena, v.kind(), v.as_bytes());
+      case Kind::kDict: {
+        const std::vector<Entry> entries = copy_all(v.entries());
+        return Access::dict(arena, entries.data(), entries.size());
+      }
+      case Kind::kPersistentId:
+        return tree_.persistent(persistent_id_ ? persistent_id_(v.persistent_id()) : copy(v.persistent_id()));
+      case Kind::kObject:
+        return copy_object(v.as_object());
+      default: {
+        std::vector<Value> items;
+        items.reserve(v.items().size());
+        for (const Value& item : v.items()) items.push_back(copy(item));
+        return Access::sequence(arena, v.kind(), items.data(), items.size());
+      }
+    }
+  }
+  std::vector<Entry> copy_all(std::span<const Entry> entries) {
+    std::vector<Entry> result;
+    result.reserve(entries.size());
+    for (const auto& [key, value] : entries) {
+      const Value copied_key = copy(key);
+      result.push_back({copied_key, copy(value)});
+    }
+    return result;
+  }
+  Value copy_object(const Object& object) {
+    Object parts = object;
+    Object::Extras extras;
+    parts.callable = copy(object.callable);
+    parts.args = copy(object.args);
+    parts.state = copy(object.state);
+    if (object.extras != nullptr) {
+      extras.kwargs = copy(object.extras->kwargs);
+      extras.list_items = copy(object.extras->list_items);
+      extras.dict_items = copy(object.extras->dict_items);
+      parts.extras = &extras;
+    }
+    return tree_.object(parts);
+  }
+
+  Tree& tree_;
+  const std::function<Value(const Value&)>& persistent_id_;
+  std::unordered_map<const void*, Value> copies_;
+};
+
+}  // namespace
+
+Value Tree::copy(const Value& value, const std::function<Value(const Value& id)>& persistent_id) {
+  return Copier(*this, persistent_id).copy(value);
+}
+
 // --- write -----------------------------------------------------------------------------------------------------------
 
 namespace {

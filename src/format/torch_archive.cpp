@@ -21,6 +21,7 @@ using pickle::Op;
 using pickle::Value;
 
 constexpr std::string_view kFolder = "archive/";
+constexpr std::string_view kDataFolder = "data/";
 constexpr uint64_t kMaxTensorPickle = 16 << 20;
 constexpr uint64_t kMaxValuePickle = 256 << 20;
 constexpr uint64_t kMaxSmallRecord = 64;
@@ -381,40 +382,90 @@ std::optional<TensorItem> TensorArchiveFrame::match(ByteSpan item) {
 
 // --- values ----------------------------------------------------------------------------------------------------------
 
-Bytes encode_value_archive(const Value& value, std::span<const ByteSpan> storages, uint32_t alignment) {
+TorchArchiveWriter::TorchArchiveWriter(const Value& value, Sink sink, uint32_t alignment)
+    : sink_(std::move(sink)), alignment_(alignment) {
   check_alignment(alignment);
-  const Bytes stream = pickle::write(value);
-  const std::string alignment_text = std::to_string(alignment);
-  std::vector<std::string> names = {"data.pkl", ".format_version", ".storage_alignment", "byteorder"};
-  std::vector<ByteSpan> contents = {stream, as_bytes("1"), as_bytes(alignment_text), as_bytes(kByteOrderText)};
-  for (size_t i = 0; i < storages.size(); ++i) {
-    names.push_back("data/" + std::to_string(i));
-    contents.push_back(storages[i]);
-  }
-  names.emplace_back("version");
-  contents.push_back(as_bytes(kVersionText));
+  put("data.pkl", pickle::write(value));
+  put(".format_version", as_bytes("1"));
+  put(".storage_alignment", as_bytes(std::to_string(alignment)));
+  put("byteorder", as_bytes(kByteOrderText));
+}
 
-  ByteWriter out;
-  std::vector<zip::Record> records;
-  std::vector<std::string> full_names;
-  full_names.reserve(names.size() + 1);  // records refer to them
-  uint64_t contents_hash = 0;
-  const auto put = [&](std::string_view name, ByteSpan content) {
-    zip::Record record{.name = full_names.emplace_back(full_name(name)),
-                       .header = out.size(),
-                       .size = content.size(),
-                       .crc32 = crc32(content)};
-    record.payload = zip::payload_position(record.header, record.name.size(), record.size, alignment);
-    zip::put_local_header(out, record);
-    out.bytes(content);
-    zip::put_descriptor(out, record);
-    if (record.size != 0) contents_hash = hash_combine(contents_hash, record.crc32);
-    records.push_back(record);
-  };
-  for (size_t i = 0; i < names.size(); ++i) put(names[i], contents[i]);
-  put(".data/serialization_id", as_bytes(serialization_id(hash_names(names), contents_hash)));
-  zip::put_tail(out, records, out.size());
-  return out.take();
+void TorchArchiveWriter::emit(ByteSpan bytes) {
+  sink_(bytes);
+  position_ += bytes.size();
+}
+
+void TorchArchiveWriter::begin(std::string name, uint64_t size) {
+  if (open_) throw Error(ErrorCode::kInternal, "archive: record " + records_.back().name + " is not complete");
+  const std::string stored_name = full_name(name);
+  Written& record = records_.emplace_back(Written{
+      std::move(name), position_, zip::payload_position(position_, stored_name.size(), size, alignment_), size});
+  ByteWriter header;
+  zip::put_local_header(header, {stored_name, record.header, record.payload, record.size, 0});
+  emit(header.buffer());
+  left_ = size;
+  open_ = true;
+  if (left_ == 0) end();
+}
+
+void TorchArchiveWriter::write(ByteSpan bytes) {
+  if (bytes.empty()) return;
+  if (!open_ || bytes.size() > left_) throw Error(ErrorCode::kInternal, "archive: more bytes than the record has");
+  Written& record = records_.back();
+  record.crc32 = reshard::crc32(bytes, record.crc32);
+  emit(bytes);
+  left_ -= bytes.size();
+  if (left_ == 0) end();
+}
+
+void TorchArchiveWriter::end() {
+  const Written& record = records_.back();
+  ByteWriter descriptor;
+  zip::put_descriptor(descriptor, {record.name, record.header, record.payload, record.size, record.crc32});
+  emit(descriptor.buffer());
+  if (record.size != 0) contents_ = hash_combine(contents_, record.crc32);
+  open_ = false;
+}
+
+void TorchArchiveWriter::put(std::string name, ByteSpan content) {
+  begin(std::move(name), content.size());
+  write(content);
+}
+
+void TorchArchiveWriter::begin_storage(std::string_view key, uint64_t size) {
+  begin(std::string(kDataFolder).append(key), size);
+}
+
+void TorchArchiveWriter::finish() {
+  put("version", as_bytes(kVersionText));
+  std::vector<std::string> names;
+  names.reserve(records_.size());
+  for (const Written& record : records_) names.push_back(record.name);
+  put(".data/serialization_id", as_bytes(serialization_id(hash_names(names), contents_)));
+  std::vector<std::string> stored_names;
+  stored_names.reserve(records_.size());
+  std::vector<zip::Record> directory;
+  directory.reserve(records_.size());
+  for (const Written& record : records_) {
+    directory.push_back(
+        {stored_names.emplace_back(full_name(record.name)), record.header, record.payload, record.size, record.crc32});
+  }
+  ByteWriter tail;
+  zip::put_tail(tail, directory, position_);
+  emit(tail.buffer());
+}
+
+Bytes encode_value_archive(const Value& value, std::span<const ByteSpan> storages, uint32_t alignment) {
+  Bytes out;
+  TorchArchiveWriter writer(
+      value, [&](ByteSpan bytes) { out.insert(out.end(), bytes.begin(), bytes.end()); }, alignment);
+  for (size_t i = 0; i < storages.size(); ++i) {
+    writer.begin_storage(std::to_string(i), storages[i].size());
+    writer.write(storages[i]);
+  }
+  writer.finish();
+  return out;
 }
 
 Value make_tensor_value(pickle::Tree& tree, DType dtype, const Dims& sizes, size_t storage, bool requires_grad) {
@@ -638,15 +689,16 @@ std::optional<TensorItem> ValueArchive::as_tensor(const Value& value) const {
 }
 
 ValueArchive decode_value_archive(const ByteSource& source) {
-  constexpr std::string_view kData = "data/";
   zip::Reader archive(source);
   ValueArchive result;
-  result.tree_ = pickle::parse(archive.content(archive.get("data.pkl"), kMaxValuePickle));
+  const zip::Entry& pickled = archive.get("data.pkl");
+  result.tree_ = pickle::parse(archive.content(pickled, kMaxValuePickle));
+  result.pickled_ = {archive.payload(pickled), pickled.size, pickled.crc32};
   pickle::check_tree(result.root());
   check_small_records(archive);
   for (const zip::Entry& entry : archive.entries()) {
-    if (entry.name.starts_with(kData))
-      result.storages_[entry.name.substr(kData.size())] = {archive.payload(entry), entry.size, entry.crc32};
+    if (entry.name.starts_with(kDataFolder))
+      result.storages_[entry.name.substr(kDataFolder.size())] = {archive.payload(entry), entry.size, entry.crc32};
   }
   return result;
 }

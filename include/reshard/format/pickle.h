@@ -15,6 +15,7 @@
 // cycles, so a consumer that descends without a bound must call check_tree() first.
 
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -160,6 +161,9 @@ class Tree {
   /// `parts.extras` is copied too.
   Value object(const Object& parts);
   Value persistent(const Value& id);
+  /// A deep copy of a value of any tree. What is shared in it stays shared; the id of each persistent id becomes what
+  /// `persistent_id`, if given, makes of it. Descends recursively: check_tree() first.
+  Value copy(const Value& value, const std::function<Value(const Value& id)>& persistent_id = {});
 
  private:
   friend struct Access;

@@ -13,6 +13,7 @@
 // thread-safe.
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <span>
@@ -116,6 +117,43 @@ class TensorArchiveFrame {
   size_t id_crcs_[2] = {};
 };
 
+/// Writes the archive of any value, front to back, as torch.save does: the value itself when this is made, then one
+/// storage after the other, each in pieces of any size. So a file of any size is written with little memory. For one
+/// thread.
+class TorchArchiveWriter {
+ public:
+  /// Gets all bytes of the archive, in order.
+  using Sink = std::function<void(ByteSpan)>;
+  TorchArchiveWriter(const pickle::Value& value, Sink sink, uint32_t alignment = 64);
+
+  /// Begins the record data/<key>: the storage that tensors inside the value call `key`. Exactly `size` bytes follow.
+  void begin_storage(std::string_view key, uint64_t size);
+  void write(ByteSpan bytes);
+  /// Ends the archive; nothing may follow. kInternal, as above, where a storage has not got all of its bytes.
+  void finish();
+
+ private:
+  struct Written {
+    std::string name;  // below the top folder
+    uint64_t header = 0;
+    uint64_t payload = 0;
+    uint64_t size = 0;
+    uint32_t crc32 = 0;
+  };
+  void begin(std::string name, uint64_t size);
+  void end();
+  void put(std::string name, ByteSpan content);
+  void emit(ByteSpan bytes);
+
+  Sink sink_;
+  uint32_t alignment_;
+  std::vector<Written> records_;
+  bool open_ = false;      // the last record is not complete
+  uint64_t left_ = 0;      // bytes of it that are still to come
+  uint64_t position_ = 0;  // of the archive
+  uint64_t contents_ = 0;  // hash of what the records hold
+};
+
 /// The archive of any other value, as torch.save writes it. `storages` are the contents of data/0, data/1, ...: the
 /// storages that tensors inside the value refer to (make_tensor_value).
 Bytes encode_value_archive(const pickle::Value& value, std::span<const ByteSpan> storages = {},
@@ -160,6 +198,8 @@ class ValueArchive {
 
   /// The object saved. check_tree() has passed: it may be descended recursively.
   const pickle::Value& root() const { return tree_.root(); }
+  /// Where the pickle of the object lies in the item.
+  const Storage& pickled() const { return pickled_; }
   /// The tensor that `value` rebuilds; nothing if it is no tensor. Throws kUnsupported for sparse, quantized and nested
   /// ones.
   std::optional<TensorItem> as_tensor(const pickle::Value& value) const;
@@ -169,6 +209,7 @@ class ValueArchive {
  private:
   friend ValueArchive decode_value_archive(const ByteSource&);
   pickle::Tree tree_;
+  Storage pickled_;
   std::map<std::string, Storage, std::less<>> storages_;
 };
 ValueArchive decode_value_archive(const ByteSource& item);
