@@ -49,6 +49,12 @@ Bytes FileSystem::read_file(const std::string& path, uint64_t max_bytes) {
 
 void replace_file_atomically(FileSystem& file_system, const std::string& directory, const std::string& name,
                              ByteSpan bytes, bool durable, Committed* replaced) {
+  replace_file_atomically(
+      file_system, directory, name, [&](WritableFile& file) { file.write(0, bytes); }, durable, replaced);
+}
+
+void replace_file_atomically(FileSystem& file_system, const std::string& directory, const std::string& name,
+                             const std::function<void(WritableFile&)>& fill, bool durable, Committed* replaced) {
   Committed unheard;
   Committed& state = replaced != nullptr ? *replaced : unheard;
   state = Committed::kNo;
@@ -60,7 +66,7 @@ void replace_file_atomically(FileSystem& file_system, const std::string& directo
   auto file = file_system.create(temporary, CreateMode::kExclusive);
   try {
     test_point("commit.before_write");
-    file->write(0, bytes);
+    fill(*file);
     test_point("commit.before_sync");
     if (durable) file->sync();
     file->close();

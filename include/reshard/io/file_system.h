@@ -13,6 +13,7 @@
 // Threads. A FileSystem may be used from any number of threads. The file objects say for themselves.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -170,5 +171,10 @@ inline constexpr std::string_view kTemporaryInfix = ".tmp-";
 /// commit.before_write, commit.before_sync, commit.before_rename, commit.after_rename, commit.after_sync.
 void replace_file_atomically(FileSystem& file_system, const std::string& directory, const std::string& name,
                              ByteSpan bytes, bool durable = true, Committed* replaced = nullptr);
+/// The same with what `fill` writes into the temporary file, for contents that are not in memory. What it throws leaves
+/// the old file as it is. It neither syncs nor closes.
+void replace_file_atomically(FileSystem& file_system, const std::string& directory, const std::string& name,
+                             const std::function<void(WritableFile&)>& fill, bool durable = true,
+                             Committed* replaced = nullptr);
 
 }  // namespace reshard

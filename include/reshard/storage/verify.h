@@ -44,4 +44,10 @@ void digest_tensors(const std::string& directory,
                     const std::function<void(const std::string& fqn, const Sha256Digest&)>& fn,
                     FileSystem& file_system = local_file_system(), uint64_t block_bytes = 64 << 20);
 
+class CheckpointReader;
+/// The same of a checkpoint of any kind.
+void digest_tensors(const CheckpointReader& checkpoint,
+                    const std::function<void(const std::string& fqn, const Sha256Digest&)>& fn,
+                    uint64_t block_bytes = 64 << 20);
+
 }  // namespace reshard
