@@ -18,6 +18,7 @@
 #include "reshard/protocol/thread_transport.h"
 #include "reshard/storage/filesystem.h"
 #include "reshard/storage/torch_save_reader.h"
+#include "reshard/storage/verify.h"
 
 namespace reshard {
 namespace {
@@ -294,16 +295,53 @@ SaveResult write_dcp(const CheckpointReader& checkpoint, const std::string& dire
   return results[0];
 }
 
+namespace {
+
+/// See ConvertOptions::verify_source.
+void verify_source(const std::string& directory, const ConvertOptions& options, FileSystem& file_system) {
+  const auto progress = [&](const Progress& done) {
+    if (options.progress) options.progress({"verify", done.done, done.total});
+  };
+  const VerifyReport report = verify_checkpoint(directory, file_system, progress);
+  if (!report.problems.empty()) throw report.problems[0];
+}
+
+void convert(StorageReader& reader, const std::string& source, CheckpointKind from, const std::string& destination,
+             CheckpointKind to, int ranks, const ConvertOptions& options, FileSystem& file_system) {
+  const CheckpointReader checkpoint(reader);
+  if (from == CheckpointKind::kDcp && !checkpoint.metadata().sidecars && options.verify_source) {
+    verify_source(source, options, file_system);
+  }
+  switch (to) {
+    case CheckpointKind::kDcp:
+      write_dcp(checkpoint, destination, ranks, options, file_system);
+      break;
+    case CheckpointKind::kTorch:
+      write_torch_save(checkpoint, destination, options, file_system);
+      break;
+  }
+}
+
+}  // namespace
+
+void convert_checkpoint(const std::string& source, const std::string& destination, CheckpointKind to, int ranks,
+                        const ConvertOptions& options, FileSystem& file_system) {
+  const CheckpointKind from = detect_checkpoint_kind(source, file_system);
+  convert(*open_checkpoint(source, {}, file_system), source, from, destination, to, ranks, options, file_system);
+}
+
 void dcp_to_torch_save(const std::string& dcp_checkpoint_dir, const std::string& torch_save_path,
                        const ConvertOptions& options, FileSystem& file_system) {
   FileSystemReader reader(dcp_checkpoint_dir, {}, file_system);
-  write_torch_save(CheckpointReader(reader), torch_save_path, options, file_system);
+  convert(reader, dcp_checkpoint_dir, CheckpointKind::kDcp, torch_save_path, CheckpointKind::kTorch, 1, options,
+          file_system);
 }
 
-SaveResult torch_save_to_dcp(const std::string& torch_save_path, const std::string& dcp_checkpoint_dir,
-                             const ConvertOptions& options, FileSystem& file_system) {
+void torch_save_to_dcp(const std::string& torch_save_path, const std::string& dcp_checkpoint_dir,
+                       const ConvertOptions& options, FileSystem& file_system) {
   TorchSaveReader reader(torch_save_path, {}, file_system);
-  return write_dcp(CheckpointReader(reader), dcp_checkpoint_dir, 1, options, file_system);
+  convert(reader, torch_save_path, CheckpointKind::kTorch, dcp_checkpoint_dir, CheckpointKind::kDcp, 1, options,
+          file_system);
 }
 
 }  // namespace reshard

@@ -182,6 +182,24 @@ TEST_F(FormatUtilsTest, NothingIsLeftOfAConversionThatFails) {
   EXPECT_EQ(names_in(directory_.path()), before);
 }
 
+// PyTorch's checkpoints have a sum for each record and none for its parts: a conversion in parts would give a broken element
+// fresh checksums.
+TEST_F(FormatUtilsTest, ABrokenElementOfPyTorchsIsNotPassedOn) {
+  const std::string broken = directory_ / "broken";
+  std::filesystem::copy(std::string(RESHARD_TEST_DATA) + "/oracle/2.14.1/fsdp_linear_2", broken);
+  const Metadata metadata = FileSystemReader(broken).read_metadata();
+  const StorageInfo place = *metadata.storage_data.find({"model.weight", Dims{4, 0}, {}});
+  Bytes bytes = read_test_file(broken + "/" + place.relative_path.str());
+  bytes.at(place.offset + 704) ^= std::byte{1};
+  std::ofstream(broken + "/" + place.relative_path.str(), std::ios::binary) << as_text(bytes);
+  const ConvertOptions parts{.block_bytes = 16};
+  EXPECT_ERROR(ErrorCode::kCorruptData, "CRC-32", dcp_to_torch_save(broken, directory_ / "a.pt", parts));
+  EXPECT_ERROR(ErrorCode::kCorruptData, "CRC-32",
+               convert_checkpoint(broken, directory_ / "dcp", CheckpointKind::kDcp, 3, parts));
+  EXPECT_THAT(names_in(directory_.path()), ElementsAre("broken"));
+  dcp_to_torch_save(broken, directory_ / "a.pt", {.block_bytes = 16, .verify_source = false});
+}
+
 TEST_F(FormatUtilsTest, EveryCallThatFailsLeavesTheOldFile) {
   write_file(directory_ / "a.pt");
   torch_save_to_dcp(directory_ / "a.pt", directory_ / "dcp");

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <string>
 
+#include "reshard/convert/open_checkpoint.h"
 #include "reshard/core/hooks.h"
 #include "reshard/io/file_system.h"
 #include "reshard/protocol/protocol.h"
@@ -27,8 +28,12 @@ struct ConvertOptions {
   bool overwrite = true;
   /// Durable when the call returns.
   bool sync_files = true;
-  /// Called from time to time with the bytes written so far, from one thread at a time. What it throws ends the
-  /// conversion.
+  /// Functions that are given a path check a directory without sidecars (one of PyTorch's) from end to end before they
+  /// write: it has no sums of the blocks that a conversion reads, and what is broken in it must not come out with fresh
+  /// checksums. Reads it once more.
+  bool verify_source = true;
+  /// Called from time to time with the step ("verify", "write") and the bytes or items so far, from one thread at a time.
+  /// What it throws ends the conversion.
   ProgressFn progress = {};
 };
 
@@ -43,11 +48,14 @@ void write_torch_save(const CheckpointReader& checkpoint, const std::string& fil
 SaveResult write_dcp(const CheckpointReader& checkpoint, const std::string& directory, int ranks = 1,
                      const ConvertOptions& options = {}, FileSystem& file_system = local_file_system());
 
-/// write_torch_save() of a directory.
+/// Writes the checkpoint at `source`, of any kind, as one of kind `to`; `ranks` as in write_dcp().
+void convert_checkpoint(const std::string& source, const std::string& destination, CheckpointKind to, int ranks = 1,
+                        const ConvertOptions& options = {}, FileSystem& file_system = local_file_system());
+
+/// convert_checkpoint() under PyTorch's names.
 void dcp_to_torch_save(const std::string& dcp_checkpoint_dir, const std::string& torch_save_path,
                        const ConvertOptions& options = {}, FileSystem& file_system = local_file_system());
-/// write_dcp() of a file, as one rank.
-SaveResult torch_save_to_dcp(const std::string& torch_save_path, const std::string& dcp_checkpoint_dir,
-                             const ConvertOptions& options = {}, FileSystem& file_system = local_file_system());
+void torch_save_to_dcp(const std::string& torch_save_path, const std::string& dcp_checkpoint_dir,
+                       const ConvertOptions& options = {}, FileSystem& file_system = local_file_system());
 
 }  // namespace reshard
