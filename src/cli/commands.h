@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 // The commands of `reshard`. Each returns the exit code (0 well, 1 not) and throws Error for what stops it; main()
-// prints that in one line. Results go to stdout, problems to stderr.
+// prints that in one line. Results go to stdout, problems and progress to stderr.
 
 #include <cstdint>
 #include <string>
@@ -11,9 +11,11 @@
 namespace reshard::cli {
 
 struct InspectOptions {
-  std::string directory;
+  std::string path;
   bool json = false;
   bool chunks = false;  // every chunk with its place
+  std::string map;      // a file to draw where everything lies; empty: none
+  bool force = false;   // replace that file
 };
 int inspect(const InspectOptions& options);
 
@@ -24,10 +26,43 @@ struct VerifyOptions {
 int verify(const VerifyOptions& options);
 
 struct DigestOptions {
-  std::string directory;
+  std::string path;
   bool json = false;
 };
 int digest(const DigestOptions& options);
+
+struct DiffOptions {
+  std::string a;
+  std::string b;
+  double atol = 0;  // elements may differ by atol + rtol * |element of b|
+  double rtol = 0;
+  bool json = false;
+  bool quiet = false;  // exit code only
+  uint64_t block_bytes = 64 << 20;
+};
+/// 0: the same, 1: different.
+int diff(const DiffOptions& options);
+
+struct ConvertCommandOptions {
+  std::string source;
+  std::string destination;
+  std::string to;  // a CheckpointKind
+  int ranks = 1;   // of a checkpoint in a directory
+  bool force = false;
+  bool no_verify = false;  // of a source without sums of blocks
+  uint64_t block_bytes = 64 << 20;
+};
+int convert(const ConvertCommandOptions& options);
+
+struct ExtractOptions {
+  std::string source;
+  std::string key;
+  std::string output;  // empty: none, "-": stdout
+  bool raw = false;    // elements without a header; of a value its archive
+  bool force = false;
+  uint64_t block_bytes = 64 << 20;
+};
+int extract(const ExtractOptions& options);
 
 struct LaunchCommandOptions {
   int ranks = 1;

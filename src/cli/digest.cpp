@@ -3,13 +3,16 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/commands.h"
+#include "reshard/convert/open_checkpoint.h"
+#include "reshard/storage/checkpoint_reader.h"
 #include "reshard/storage/verify.h"
 
 namespace reshard::cli {
 
 int digest(const DigestOptions& options) {
+  const auto reader = open_checkpoint(options.path);
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
-  digest_tensors(options.directory, [&](const std::string& fqn, const Sha256Digest& sum) {
+  digest_tensors(CheckpointReader(*reader), [&](const std::string& fqn, const Sha256Digest& sum) {
     if (options.json) {
       json[fqn] = to_hex(sum);
     } else {

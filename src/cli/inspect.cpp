@@ -6,7 +6,9 @@
 #include <unordered_map>
 
 #include "cli/commands.h"
-#include "reshard/storage/filesystem.h"
+#include "cli/inspect_map.h"
+#include "cli/output.h"
+#include "reshard/convert/open_checkpoint.h"
 
 namespace reshard::cli {
 namespace {
@@ -25,13 +27,14 @@ uint64_t tensor_bytes(const TensorStorageMetadata& tensor) {
 }
 
 /// In order of first use. Asks for sizes, opens nothing.
-std::vector<FileSummary> summarize_files(const Metadata& metadata, const std::string& directory) {
+std::vector<FileSummary> summarize_files(const Metadata& metadata, const std::string& path, CheckpointKind kind) {
   std::vector<FileSummary> files;
   std::unordered_map<std::string_view, size_t> index;
   for (const auto& [key, place] : metadata.storage_data) {
     const auto [it, inserted] = index.try_emplace(place.relative_path, files.size());
     if (inserted) {
-      const auto status = local_file_system().status(join_path(directory, place.relative_path));
+      const auto status =
+          local_file_system().status(kind == CheckpointKind::kDcp ? join_path(path, place.relative_path) : path);
       files.push_back({place.relative_path, 0, 0,
                        status && status->kind == FileKind::kRegular ? std::optional(status->size) : std::nullopt});
     }
@@ -41,7 +44,10 @@ std::vector<FileSummary> summarize_files(const Metadata& metadata, const std::st
   return files;
 }
 
-std::string saver_of(const Metadata& metadata) { return metadata.sidecars ? "reshard" : "PyTorch"; }
+std::string saver_of(const Metadata& metadata, CheckpointKind kind) {
+  if (kind == CheckpointKind::kTorch) return "torch.save";
+  return metadata.sidecars ? "reshard" : "PyTorch";
+}
 
 Json to_json(const Dims& dims) { return Json(std::vector<int64_t>(dims.begin(), dims.end())); }
 
@@ -51,9 +57,9 @@ Json place_to_json(const StorageInfo& place) {
   return json;
 }
 
-void print_json(const Metadata& metadata, const std::vector<FileSummary>& files) {
+void print_json(const Metadata& metadata, CheckpointKind kind, const std::vector<FileSummary>& files) {
   Json out;
-  out["saved_by"] = saver_of(metadata);
+  out["saved_by"] = saver_of(metadata, kind);
   const auto text = [](const std::optional<std::string>& value) { return value ? Json(*value) : Json(nullptr); };
   out["version"] = text(metadata.version);
   out["save_id"] = text(metadata.storage_meta ? metadata.storage_meta->save_id : std::nullopt);
@@ -119,7 +125,8 @@ void print_table(const std::vector<std::vector<std::string>>& rows, size_t right
   }
 }
 
-void print_text(const Metadata& metadata, const std::vector<FileSummary>& files, const InspectOptions& options) {
+void print_text(const Metadata& metadata, CheckpointKind kind, const std::vector<FileSummary>& files,
+                const InspectOptions& options) {
   size_t tensors = 0;
   uint64_t elements = 0;
   uint64_t file_bytes = 0;
@@ -155,7 +162,7 @@ void print_text(const Metadata& metadata, const std::vector<FileSummary>& files,
   std::printf("%zu tensors (%s), %zu values, in %zu items and %zu files (%s), saved by %s\n", tensors,
               readable_bytes(elements).c_str(), metadata.state_dict_metadata.size() - tensors,
               metadata.storage_data.size(), files.size(), readable_bytes(file_bytes).c_str(),
-              saver_of(metadata).c_str());
+              saver_of(metadata, kind).c_str());
   if (metadata.storage_meta && metadata.storage_meta->save_id) {
     std::printf("save id %s\n", printable(*metadata.storage_meta->save_id).c_str());
   }
@@ -195,12 +202,18 @@ std::string printable(std::string_view text) {
 }
 
 int inspect(const InspectOptions& options) {
-  const Metadata metadata = FileSystemReader(options.directory).read_metadata();
-  const std::vector<FileSummary> files = summarize_files(metadata, options.directory);
+  const CheckpointKind kind = detect_checkpoint_kind(options.path);
+  const Metadata metadata = open_checkpoint(options.path)->read_metadata();
+  if (!options.map.empty()) {
+    check_file_destination(options.path, options.map, options.force);
+    write_file_atomically(options.map, [&](const auto& sink) { sink(as_bytes(map_of(metadata))); });
+    return 0;
+  }
+  const std::vector<FileSummary> files = summarize_files(metadata, options.path, kind);
   if (options.json) {
-    print_json(metadata, files);
+    print_json(metadata, kind, files);
   } else {
-    print_text(metadata, files, options);
+    print_text(metadata, kind, files, options);
   }
   return 0;
 }

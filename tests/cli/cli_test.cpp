@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The built `reshard` program, run as a user runs it.
-#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <spawn.h>
 #include <sys/inotify.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -15,6 +13,7 @@
 #include <regex>
 #include <set>
 
+#include "cli/run_cli.h"
 #include "reshard/format/sha256.h"
 #include "storage/checkpoint_runs.h"
 #include "storage/hostile_checkpoints.h"
@@ -26,55 +25,6 @@ namespace {
 
 using testing::HasSubstr;
 using testing::Not;
-
-struct CommandResult {
-  int exit_code = -1;
-  std::string out;
-  std::string err;
-};
-
-std::string text_of(const std::string& path) {
-  const Bytes bytes = read_test_file(path);
-  return std::string(as_text(bytes));
-}
-
-/// Runs `reshard` with its output in files, so that no pipe can fill up.
-CommandResult reshard_command(std::vector<std::string> arguments) {
-  const TemporaryDirectory directory;
-  arguments.insert(arguments.begin(), RESHARD_CLI);
-  std::vector<char*> argv;
-  for (std::string& argument : arguments) argv.push_back(argument.data());
-  argv.push_back(nullptr);
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  constexpr int kFlags = O_WRONLY | O_CREAT | O_TRUNC;
-  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, (directory / "out").c_str(), kFlags, 0600);
-  posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, (directory / "err").c_str(), kFlags, 0600);
-  pid_t pid = 0;
-  const int error = ::posix_spawnp(&pid, argv[0], &actions, nullptr, argv.data(), environ);
-  posix_spawn_file_actions_destroy(&actions);
-  if (error != 0) throw std::runtime_error("cannot start " + arguments[0]);
-  int status = 0;
-  ::waitpid(pid, &status, 0);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), text_of(directory / "out"),
-          text_of(directory / "err")};
-}
-
-/// A checkpoint of two ranks of ours.
-class CliTest : public testing::Test {
- protected:
-  void SetUp() override {
-    std::vector<MemorySaveState> ranks;
-    for (const auto& mine : split({6, 4}, 0, 2)) {
-      ranks.push_back(MemorySaveState({tensor_entry("model.weight", {6, 4}, mine), replica_entry("model.bias", {5})}));
-      ranks.back().add_value("step", value_archive("seven"));
-    }
-    saved_ = save_checkpoint(directory_.path(), ranks);
-  }
-  const std::string& path() const { return directory_.path(); }
-  TemporaryDirectory directory_;
-  SaveResult saved_;
-};
 
 TEST_F(CliTest, InspectPrintsKeysShapesAndFiles) {
   const CommandResult run = reshard_command({"inspect", path()});
@@ -252,11 +202,12 @@ TEST_F(CliTest, LaunchEndsARunPastItsDeadline) {
 }
 
 TEST_F(CliTest, AnErrorIsOneLineAndExitCodeOne) {
-  for (const char* command : {"inspect", "verify", "digest"}) {
+  for (const std::string command : {"inspect", "verify", "digest"}) {
     const CommandResult run = reshard_command({command, path() + "/nowhere"});
     EXPECT_EQ(run.exit_code, 1);
     EXPECT_EQ(run.out, "");
-    EXPECT_EQ(run.err, "reshard: not found: there is no such checkpoint directory; file " + path() + "/nowhere\n");
+    const std::string what = command == "verify" ? "checkpoint directory" : "checkpoint";
+    EXPECT_EQ(run.err, "reshard: not found: there is no such " + what + "; file " + path() + "/nowhere\n");
   }
 }
 
@@ -281,6 +232,25 @@ TEST_P(HostileCliTest, IsNamedAndExitCodeOne) {
       EXPECT_TRUE(run.exit_code == 0 || run.exit_code == 1) << command << ": " << run.exit_code;
     }
     for (const char c : run.err) EXPECT_TRUE(c == '\n' || c >= ' ' || (c & 0x80) != 0) << command;
+  }
+  // Commands that read every element and every value, and write.
+  const TemporaryDirectory out;
+  for (const auto& arguments :
+       std::vector<std::vector<std::string>>{{"diff", checkpoint.path(), checkpoint.path()},
+                                             {"convert", checkpoint.path(), out / "x", "--to", "torch"},
+                                             {"reshard", checkpoint.path(), out / "x", "-n", "2"}}) {
+    const CommandResult run = reshard_command(arguments);
+    const int trouble = arguments[0] == "diff" ? 2 : 1;
+    if (hostile.seen_by == SeenBy::kCatalogue || hostile.seen_by == SeenBy::kLoad) {
+      EXPECT_EQ(run.exit_code, trouble) << arguments[0];
+    }
+    EXPECT_TRUE(run.exit_code == 0 || run.exit_code == trouble) << arguments[0] << ": " << run.exit_code << run.err;
+    if (run.exit_code == 0) {
+      std::filesystem::remove_all(out / "x");
+    } else {
+      EXPECT_EQ(std::ranges::count(run.err, '\n'), 1) << run.err;
+      EXPECT_TRUE(std::filesystem::is_empty(out.path())) << arguments[0];
+    }
   }
 }
 
