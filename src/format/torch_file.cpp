@@ -92,6 +92,11 @@ std::string key_text(const Value& key) {
   }
 }
 
+bool is_quantized(DType dtype) {
+  return dtype == DType::kQInt8 || dtype == DType::kQUInt8 || dtype == DType::kQInt32 || dtype == DType::kQUInt4x2 ||
+         dtype == DType::kQUInt2x4;
+}
+
 /// Parameters with attributes and buffers are wrapped tensors; what they are besides is not kept.
 std::optional<TensorItem> tensor_of(const ValueArchive& archive, const Value& value) {
   const pickle::Object& object = value.as_object();
@@ -161,11 +166,15 @@ class Flattener {
     }
     bytes_left_ -= cost;
     if (!names_.insert(leaf.fqn).second) {
-      throw Error(ErrorCode::kInvalidArgument, "two values of the state dict have the same flattened name",
+      throw Error(ErrorCode::kUnsupported, "two values of the state dict have the same flattened name",
                   {.key = leaf.fqn});
     }
     if (makes_tensor(value)) {
       leaf.tensor = with_error_context({.key = leaf.fqn}, [&] { return tensor_of(archive_, value); });
+      if (leaf.tensor && is_quantized(leaf.tensor->dtype)) {
+        throw Error(ErrorCode::kUnsupported, "a quantized tensor",
+                    {.key = leaf.fqn, .found = std::string(to_string(leaf.tensor->dtype))});
+      }
     }
     leaves_.push_back(std::move(leaf));
   }

@@ -4,6 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <map>
+
 #include "support/expect_error.h"
 #include "support/torch_files.h"
 
@@ -101,7 +104,7 @@ TEST(TorchFileTest, RefusesByName) {
   refused(ErrorCode::kUnsupported, "a key of a dict has no name; key outer", [](TorchFile& f) {
     return f.dict({{"outer", f.tree.dict({{f.tree.tuple({Tree::integer(1)}), Tree::none()}})}});
   });
-  refused(ErrorCode::kInvalidArgument, "the same flattened name; key a.b", [](TorchFile& f) {
+  refused(ErrorCode::kUnsupported, "the same flattened name; key a.b", [](TorchFile& f) {
     return f.dict({{"a", f.dict({{"b", Tree::none()}})}, {"a.b", Tree::none()}});
   });
   // 40 levels of a dict that holds the one below it twice: no leaf list is made of that.
@@ -182,6 +185,66 @@ TEST(TorchFileTest, ArchivesAreWrittenInPieces) {
   }
   writer.finish();
   EXPECT_EQ(out, encode_value_archive(root, std::vector<ByteSpan>{content}));
+}
+
+/// An archive of some GiB of zeros: only what is not of its storages is kept.
+class HugeArchive final : public ByteSource {
+ public:
+  void zeros(TorchArchiveWriter& writer, uint64_t bytes) {
+    const Bytes block(16 << 20);
+    in_storage_ = true;
+    for (uint64_t done = 0; done < bytes; done += block.size()) {
+      writer.write(ByteSpan(block).first(static_cast<size_t>(std::min<uint64_t>(block.size(), bytes - done))));
+    }
+    in_storage_ = false;
+  }
+  void add(ByteSpan bytes) {
+    // The last piece of a storage is followed by its descriptor, which is smaller than any piece of a storage here.
+    const bool is_content = in_storage_ && bytes.size() > 64;
+    if (!is_content) kept_[size_] = Bytes(bytes.begin(), bytes.end());
+    size_ += bytes.size();
+  }
+  uint64_t size() const override { return size_; }
+  void read(uint64_t offset, MutableByteSpan out) const override {
+    std::ranges::fill(out, std::byte{0});
+    for (auto it = kept_.begin(); it != kept_.end() && it->first < offset + out.size(); ++it) {
+      for (size_t i = 0; i < it->second.size(); ++i) {
+        const uint64_t at = it->first + i;
+        if (at >= offset && at - offset < out.size()) out[static_cast<size_t>(at - offset)] = it->second[i];
+      }
+    }
+  }
+
+ private:
+  bool in_storage_ = false;
+  uint64_t size_ = 0;
+  std::map<uint64_t, Bytes> kept_;
+};
+
+TEST(TorchFileTest, StoragesPastFourGiBAreZip64) {
+  constexpr uint64_t kHuge = (uint64_t{4} << 30) + 4096;
+  TorchFile file;
+  Tree& tree = file.tree;
+  const Value root = file.dict({{"huge", make_tensor_value(tree, DType::kUInt8, {static_cast<int64_t>(kHuge)}, 0)},
+                                {"after", make_tensor_value(tree, DType::kFloat32, {1024}, 1)}});
+  HugeArchive archive;
+  TorchArchiveWriter writer(root, [&](ByteSpan bytes) { archive.add(bytes); });
+  writer.begin_storage("0", kHuge);
+  archive.zeros(writer, kHuge);
+  writer.begin_storage("1", 4096);
+  writer.write(counting(1024));
+  writer.finish();
+  EXPECT_GT(archive.size(), kHuge + 4096);
+
+  const ValueArchive back = decode_value_archive(archive);
+  const auto leaves = flatten_archive(back);
+  ASSERT_EQ(leaves.size(), 2u);
+  EXPECT_EQ(leaves[0].tensor->payload_size, kHuge);
+  EXPECT_GT(leaves[1].tensor->payload_offset, kHuge);
+  EXPECT_EQ(leaves[1].tensor->payload_offset % 64, 0u);
+  Bytes elements(4096);
+  archive.read(leaves[1].tensor->payload_offset, elements);
+  EXPECT_EQ(elements, counting(1024));
 }
 
 }  // namespace

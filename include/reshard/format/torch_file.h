@@ -27,8 +27,8 @@ struct StateLeaf {
 /// mapping; keys become text as str() makes it; empty mappings vanish. Parameters and buffers are tensors.
 ///
 /// Throws kUnsupported, naming the key, for what is no state dict, keys that are neither text, numbers nor None, tensors
-/// that are sparse, quantized, nested or of a class of their own, and names that shared parts would unfold out of
-/// proportion; kInvalidArgument where two leaves get one name.
+/// that are sparse, quantized, nested or of a class of their own, two leaves that get one name, and names that shared parts
+/// would unfold out of proportion.
 std::vector<StateLeaf> flatten_archive(const ValueArchive& archive);
 
 /// A part of an archive as an archive of its own, with the storages that it refers to. Reads those from `source`, the
