@@ -2,6 +2,8 @@
 #include "cli/app.h"
 
 #include <cstdio>
+#include <string>
+#include <vector>
 
 namespace reshard::cli {
 namespace {
@@ -63,7 +65,7 @@ void define(CLI::App& app, Invocation& run) {
   convert->add_option("destination", run.convert.destination, "What is written")->required();
   convert->add_option("--to", run.convert.to, "dcp: a directory, torch: a file that torch.load reads")
       ->required()
-      ->check(CLI::IsMember({"dcp", "torch"}))
+      ->check(CLI::IsMember(std::vector<std::string>(kWritableKinds.begin(), kWritableKinds.end())))
       ->type_name("KIND");
   convert->add_flag("-f,--force", run.convert.force, "Replace the destination if it is there");
   convert->add_flag("--no-verify", run.convert.no_verify, kNoVerify);

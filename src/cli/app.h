@@ -3,10 +3,15 @@
 // The definition of the command line, which help, completion and usage errors come from.
 
 #include <CLI/CLI.hpp>
+#include <array>
+#include <string>
 
 #include "cli/commands.h"
 
 namespace reshard::cli {
+
+/// What `convert --to` takes: the names of the kinds that can be written.
+inline constexpr std::array<const char*, 2> kWritableKinds{"dcp", "torch"};
 
 /// Where the parsed options go, and what came of the command.
 struct Invocation {

@@ -46,7 +46,9 @@ std::string bash(const CLI::App& app, const std::vector<const CLI::App*>& comman
   }
   return text +
          "    esac\n"
-         "    [[ ${COMP_WORDS[COMP_CWORD - 1]} == --to ]] && words='dcp torch'\n"
+         "    [[ ${COMP_WORDS[COMP_CWORD - 1]} == --to ]] && words='" +
+         joined({kWritableKinds.begin(), kWritableKinds.end()}) +
+         "'\n"
          "  fi\n"
          "  if ((COMP_CWORD == 1)) || [[ $current == -* || ${COMP_WORDS[COMP_CWORD - 1]} == --to || "
          "${COMP_WORDS[1]} == completion ]]; then\n"
