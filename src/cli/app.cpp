@@ -35,7 +35,7 @@ void define(CLI::App& app, Invocation& run) {
 
   auto* verify =
       app.add_subcommand("verify", "Check everything; exit code 1 and a line for each problem if it is not whole");
-  verify->add_option("directory", run.verify.directory, "The checkpoint")->required();
+  verify->add_option("path", run.verify.path, kCheckpoint)->required();
   verify->add_flag("-q,--quiet", run.verify.quiet, "Print problems only");
   verify->callback([&run] { run.exit_code = cli::verify(run.verify); });
 

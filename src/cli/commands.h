@@ -20,7 +20,7 @@ struct InspectOptions {
 int inspect(const InspectOptions& options);
 
 struct VerifyOptions {
-  std::string directory;
+  std::string path;
   bool quiet = false;  // problems only
 };
 int verify(const VerifyOptions& options);

@@ -5,11 +5,14 @@
 #include <cstdio>
 
 #include "cli/commands.h"
+#include "reshard/convert/open_checkpoint.h"
 
 namespace reshard::cli {
 
 int verify(const VerifyOptions& options) {
-  const VerifyReport report = verify_checkpoint(options.directory);
+  const VerifyReport report = detect_checkpoint_kind(options.path) == CheckpointKind::kTorch
+                                  ? verify_torch_save(options.path)
+                                  : verify_checkpoint(options.path);
   for (const Error& problem : report.problems) std::fprintf(stderr, "reshard: %s\n", printable(problem.what()).c_str());
   if (!options.quiet) {
     for (const std::string& note : report.notes) std::printf("note: %s\n", printable(note).c_str());

@@ -12,6 +12,7 @@
 #include "reshard/format/sidecar.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "reshard/storage/torch_save_reader.h"
 #include "storage/checked_file.h"
 #include "storage/chunks.h"
 
@@ -237,6 +238,29 @@ class Verifier {
 
 VerifyReport verify_checkpoint(const std::string& directory, FileSystem& file_system, const ProgressFn& progress) {
   return Verifier(directory, file_system, progress).run();
+}
+
+VerifyReport verify_torch_save(const std::string& file, FileSystem& file_system) {
+  VerifyReport report;
+  const Metadata metadata = TorchSaveReader(file, {}, file_system).read_metadata();
+  for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+    ++(std::holds_alternative<TensorStorageMetadata>(entry) ? report.tensors : report.values);
+  }
+  const auto opened = file_system.open(file);
+  const StorageInfo whole{.relative_path = file, .offset = 0, .length = opened->size(), .transform_descriptors = {}};
+  report.files = 1;
+  report.bytes = whole.length;
+  try {
+    const ArchiveSummary summary =
+        with_error_context({.file = file}, [&] { return verify_archive(FileRange(*opened, whole)); });
+    report.items = summary.records;
+    if (summary.without_crc > 0) {
+      report.notes.push_back(std::to_string(summary.without_crc) + " records have no CRC-32 and cannot be checked");
+    }
+  } catch (const Error& error) {
+    report.problems.push_back(error);
+  }
+  return report;
 }
 
 }  // namespace reshard

@@ -159,6 +159,24 @@ TEST_F(CliTest, VerifyNamesEachProblemOnALine) {
   EXPECT_THAT(run.out, HasSubstr("broken"));
 }
 
+TEST_F(CliTest, VerifyChecksFilesOfTorchSave) {
+  ASSERT_EQ(reshard_command({"convert", path(), out("m.pt"), "--to", "torch"}).exit_code, 0);
+  const CommandResult run = reshard_command({"verify", out("m.pt")});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out, HasSubstr("whole: 2 tensors and 1 values in 8 items, 1 files"));
+  const Bytes whole = read_test_file(out("m.pt"));
+  const auto json = nlohmann::json::parse(reshard_command({"inspect", "--json", out("m.pt")}).out);
+  const auto place = json.at("tensors").at("model.bias").at("chunks").at(0).at("offset").get<size_t>();
+  Bytes broken = whole;
+  broken.at(place) ^= std::byte{1};
+  std::ofstream(out("m.pt"), std::ios::binary) << as_text(broken);
+  const CommandResult found = reshard_command({"verify", out("m.pt")});
+  EXPECT_EQ(found.exit_code, 1);
+  EXPECT_THAT(found.err,
+              HasSubstr("record archive/data/1 has another CRC-32 than the directory says; file " + out("m.pt")));
+  EXPECT_THAT(found.out, HasSubstr("broken"));
+}
+
 TEST_F(CliTest, DigestJsonEqualsThatOfEveryGoldenTensor) {
   for (const std::string& name : OracleCase::names()) {
     const OracleCase oracle(name);
@@ -202,12 +220,11 @@ TEST_F(CliTest, LaunchEndsARunPastItsDeadline) {
 }
 
 TEST_F(CliTest, AnErrorIsOneLineAndExitCodeOne) {
-  for (const std::string command : {"inspect", "verify", "digest"}) {
+  for (const char* command : {"inspect", "verify", "digest"}) {
     const CommandResult run = reshard_command({command, path() + "/nowhere"});
     EXPECT_EQ(run.exit_code, 1);
     EXPECT_EQ(run.out, "");
-    const std::string what = command == "verify" ? "checkpoint directory" : "checkpoint";
-    EXPECT_EQ(run.err, "reshard: not found: there is no such " + what + "; file " + path() + "/nowhere\n");
+    EXPECT_EQ(run.err, "reshard: not found: there is no such checkpoint; file " + path() + "/nowhere\n");
   }
 }
 

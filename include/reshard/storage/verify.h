@@ -37,6 +37,10 @@ struct VerifyReport {
 VerifyReport verify_checkpoint(const std::string& directory, FileSystem& file_system = local_file_system(),
                                const ProgressFn& progress = {});
 
+/// The same of a file of torch.save: that it is one which TorchSaveReader reads, its zip headers, and the CRC-32 of each
+/// record. Throws only if its state dict cannot be read.
+VerifyReport verify_torch_save(const std::string& file, FileSystem& file_system = local_file_system());
+
 /// Calls fn(fqn, SHA-256 of the row-major little-endian elements) for every tensor, in the order of the catalogue.
 /// Lazily conjugated and negated elements count as resolved. Reads in blocks of about `block_bytes`. Throws at the
 /// first key that cannot be read whole.
