@@ -183,7 +183,6 @@ class Scanner {
 
   void memoize() {
     require(stack_.size() > floor());
-    if (stack_.back().kind == Kind::kTuple) tuples_in_memo_ = tuples_.size();
     memo_.push_back(stack_.back());
   }
   void recall(size_t index) {
@@ -232,6 +231,7 @@ class Scanner {
   }
   const SharedString& shared(const Value& value) {
     require(value.kind == Kind::kText);
+    spend(value.size);  // it is hashed or compared each time
     if (value.size == 0) return empty_;
     const size_t known = shared_.size();
     SharedString& text = shared_[value.pointer];
@@ -283,9 +283,8 @@ class Scanner {
           dims[i] = sizes[i].number;
         }
         push(Value::of(Kind::kDims, static_cast<int64_t>(dims_.size() - 1)));
-        // Nobody can come back to tuples that are not in the memo; these two are the newest.
-        const auto first = static_cast<size_t>(given[0].number);
-        if (first >= tuples_in_memo_) tuples_.resize(first);
+        // These two tuples are the newest, and nobody can come back to a tuple.
+        tuples_.resize(static_cast<size_t>(given[0].number));
         return;
       }
       case Class::kLayout: {
@@ -414,6 +413,7 @@ class Scanner {
   }
 
   void build_metadata(Items state) {
+    require(!std::exchange(has_metadata_, true));
     Metadata& metadata = result_.metadata;
     const Items entries = dict(required(state, "state_dict_metadata"));
     metadata.state_dict_metadata.reserve(entries.size() / 2);
@@ -422,7 +422,9 @@ class Scanner {
       const Value& value = entries[i + 1];
       StorageMetadata entry = BytesStorageMetadata{};
       if (value.kind == Kind::kTensor) {
-        entry = std::move(tensors_[static_cast<size_t>(value.number)]);  // each is in one dict only
+        TensorStorageMetadata& tensor = tensors_[static_cast<size_t>(value.number)];  // each is in one dict only
+        spend(tensor.chunks.size() * entries[i].size);  // each chunk is looked up under the name
+        entry = std::move(tensor);
       } else {
         require(value.is(Kind::kObject, Class::kBytes));
       }
@@ -434,9 +436,10 @@ class Scanner {
       planner_data.reserve(paths.size() / 2);
       for (size_t i = 0; i + 1 < paths.size(); i += 2) {
         require(paths[i].kind == Kind::kText);
+        const Items elements = items(paths[i + 1]);
         ObjectPath path;
-        path.reserve(paths[i + 1].size);
-        for (const Value& element : items(paths[i + 1])) {
+        path.reserve(elements.size());
+        for (const Value& element : elements) {
           if (element.kind == Kind::kInt) {
             path.emplace_back(element.number);
           } else {
@@ -448,7 +451,7 @@ class Scanner {
       }
     }
     const Value& storage = required(state, "storage_data");
-    require(storage.kind == Kind::kStorageData || (storage.kind == Kind::kDict && storage.number == 0));
+    require(storage.kind == Kind::kStorageData || (dict(storage).empty() && metadata.storage_data.empty()));
 
     if (const Value* meta = find(state, "storage_meta"); meta != nullptr && meta->kind != Kind::kNone) {
       require(meta->kind == Kind::kStorageMeta);
@@ -653,7 +656,7 @@ class Scanner {
       }
       case Op::kAppends: {
         const size_t mark = pop_mark();
-        require(mark > floor());
+        require(mark > floor() && stack_[mark - 1].kind == Kind::kList);
         for (size_t i = mark; i < stack_.size(); ++i) append_to(stack_[mark - 1], stack_[i]);
         stack_.resize(mark);
         break;
@@ -710,7 +713,6 @@ class Scanner {
   std::vector<size_t> marks_;
   std::vector<Value> memo_;
   std::vector<Value> tuples_;  // items of all tuples that can still be needed
-  size_t tuples_in_memo_ = 0;  // so many of them the memo may refer to
   std::deque<Dims> dims_;
   std::vector<List> lists_;
   std::vector<std::vector<Value>> dicts_;  // key, value, key, value, ...
@@ -725,6 +727,7 @@ class Scanner {
   bool has_chunk_ = false;
   bool has_index_ = false;
   bool has_info_ = false;
+  bool has_metadata_ = false;  // a second one would add to the first
   DecodedMetadata result_;
 };
 

@@ -2,15 +2,103 @@
 #pragma once
 // Catalogues as PyTorch writes them, made object by object, to have every broken one that no writer would write.
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "format/pickle_opcodes.h"
 #include "reshard/format/dcp_metadata.h"
 #include "reshard/format/pickle.h"
 
 namespace reshard {
+
+/// The opcodes of a stream, each with its argument.
+inline std::vector<std::string> opcodes_of(ByteSpan stream) {
+  const std::string_view text = as_text(stream);
+  std::vector<std::string> parts;
+  for (size_t at = 0; at < text.size();) {
+    const auto little = [&](size_t bytes) {
+      uint64_t v = 0;
+      std::memcpy(&v, text.data() + at + 1, bytes);
+      return static_cast<size_t>(v);
+    };
+    size_t length = 1;
+    using pickle::Op;
+    switch (static_cast<Op>(text[at])) {
+      case Op::kProto:
+      case Op::kBinInt1:
+      case Op::kBinGet:
+      case Op::kBinPut:
+        length += 1;
+        break;
+      case Op::kBinInt2:
+        length += 2;
+        break;
+      case Op::kBinInt:
+      case Op::kLongBinGet:
+      case Op::kLongBinPut:
+        length += 4;
+        break;
+      case Op::kFrame:
+      case Op::kBinFloat:
+        length += 8;
+        break;
+      case Op::kLong1:
+      case Op::kShortBinUnicode:
+      case Op::kShortBinBytes:
+      case Op::kShortBinString:
+        length += 1 + little(1);
+        break;
+      case Op::kBinUnicode:
+      case Op::kBinBytes:
+        length += 4 + little(4);
+        break;
+      case Op::kGlobal:
+        length = text.find('\n', text.find('\n', at) + 1) + 1 - at;
+        break;
+      default:
+        break;
+    }
+    parts.emplace_back(text.substr(at, length));
+    at += length;
+  }
+  return parts;
+}
+
+/// The same stream in the opcodes of protocol 4, in which PyTorch and this library write catalogues.
+inline Bytes in_protocol_4(ByteSpan stream) {
+  ByteWriter out;
+  for (const std::string& part : opcodes_of(stream)) {
+    using pickle::Op;
+    const auto op = [&](Op code) { out.u8(static_cast<uint8_t>(code)); };
+    const auto name = [&](std::string_view text) {
+      op(Op::kBinUnicode);
+      out.u32(static_cast<uint32_t>(text.size()));
+      out.text(text);
+    };
+    switch (static_cast<Op>(part[0])) {
+      case Op::kProto:
+        out.text("\x80\x04");
+        break;
+      case Op::kBinPut:  // numbered one after the other
+      case Op::kLongBinPut:
+        op(Op::kMemoize);
+        break;
+      case Op::kGlobal: {
+        const size_t end = part.find('\n');
+        name(std::string_view(part).substr(1, end - 1));
+        name(std::string_view(part).substr(end + 1, part.size() - end - 2));
+        op(Op::kStackGlobal);
+        break;
+      }
+      default:
+        out.text(part);
+    }
+  }
+  return out.take();
+}
 
 /// A catalogue of one tensor "w" (float32, [4], two chunks) and one value "v", every part of which can be replaced before it is
 /// written.
@@ -106,6 +194,7 @@ class CatalogueBuilder {
     return make(kModule, "Metadata", tree.dict(state));
   }
   Bytes encode() { return pickle::write(metadata()); }
+  Bytes encode_in_protocol_4() { return in_protocol_4(encode()); }
   Metadata decode() { return decode_metadata(encode()); }
 };
 

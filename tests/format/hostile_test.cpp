@@ -223,6 +223,7 @@ void expect_unfolding_is_refused(const std::function<void(CatalogueBuilder&)>& e
   const Bytes file = b.encode();
   EXPECT_LT(file.size(), 200'000u);
   EXPECT_ERROR(ErrorCode::kCorruptData, kUnfolds, decode_metadata(file));
+  EXPECT_ERROR(ErrorCode::kCorruptData, kUnfolds, decode_metadata(in_protocol_4(file)));
 }
 
 TEST(UnfoldingCatalogueTest, ManyChunksUnderOneLongName) {

@@ -4,8 +4,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <random>
 #include <string>
+#include <vector>
 
+#include "format/catalogue_builder.h"
 #include "reshard/format/dcp_metadata.h"
 #include "support/oracle.h"
 
@@ -51,6 +55,7 @@ Metadata example() {
 TEST(MetadataScanTest, ReadsWhatThisLibraryWrites) {
   EXPECT_TRUE(scans_as_the_tree(encode_metadata(example())));
   EXPECT_TRUE(scans_as_the_tree(encode_metadata(Metadata{})));
+  EXPECT_TRUE(scans_as_the_tree(CatalogueBuilder().encode_in_protocol_4()));
 }
 
 TEST(MetadataScanTest, ReadsWhatPyTorchWrites) {
@@ -91,6 +96,143 @@ TEST(MetadataScanTest, DamagedStreamsAreReadAsTheTreeReadsThemOrNotAtAll) {
   }
   EXPECT_GT(scanned, 1000U);
   EXPECT_GT(left, 1000U);
+}
+
+Bytes joined(const std::vector<std::string>& parts) {
+  ByteWriter out;
+  for (const std::string& part : parts) out.text(part);
+  return out.take();
+}
+
+/// The builder's catalogue with these bytes in the place of `placeholder`, an opcode that it has once.
+Bytes with_opcode(CatalogueBuilder& builder, std::string_view placeholder, const std::string& opcode) {
+  std::vector<std::string> parts = opcodes_of(builder.encode_in_protocol_4());
+  EXPECT_EQ(std::count(parts.begin(), parts.end(), placeholder), 1);
+  std::replace(parts.begin(), parts.end(), std::string(placeholder), opcode);
+  return joined(parts);
+}
+
+TEST(MetadataScanTest, KeysNamedAsAttributesAreKeys) {
+  CatalogueBuilder b;
+  for (const char* key : {"version", "storage_meta", "planner_data", "reshard_sidecars", "reshard_step"}) {
+    b.more_entries.push_back({b.tree.str(key), b.make(CatalogueBuilder::kModule, "BytesStorageMetadata", {})});
+  }
+  const Bytes file = b.encode_in_protocol_4();
+  EXPECT_TRUE(scans_as_the_tree(file));
+  EXPECT_FALSE(scan_metadata(file)->is_ours);
+}
+
+TEST(MetadataScanTest, LongIntegersOfOneToEightBytesAreRead) {
+  CatalogueBuilder b;
+  replace(b.first_index, "index", pickle::Tree::integer(int64_t{1} << 40));
+  const std::string placeholder("\x8a\x06\0\0\0\0\0\x01", 8);
+  for (const char last : {'\x01', '\x7f', '\x80', '\xff'}) {
+    for (size_t n = 1; n <= 8; ++n) {
+      const std::string digits = std::string(n - 1, '\x22') + last;
+      EXPECT_TRUE(
+          scans_as_the_tree(with_opcode(b, placeholder, "\x8a" + std::string(1, static_cast<char>(n)) + digits)));
+    }
+  }
+  for (const size_t n : {0, 9, 16, 255}) {
+    const std::string digits(n, '\x01');
+    EXPECT_FALSE(scan_metadata(with_opcode(b, placeholder, "\x8a" + std::string(1, static_cast<char>(n)) + digits)));
+  }
+}
+
+TEST(MetadataScanTest, DigestsOfSidecarsAreBytesOf32Each) {
+  CatalogueBuilder b;
+  b.more_attributes = {{b.tree.str("reshard_sidecars"), pickle::Tree::integer(12345)}};
+  const auto with = [&](char op, size_t n) {
+    return with_opcode(
+        b, "M90",
+        op + std::string(1, static_cast<char>(n)) + std::string(op == 'C' ? 0 : 3, '\0') + std::string(n, 'd'));
+  };
+  for (const char op : {'C', 'B'}) {
+    for (const size_t n : {0, 32, 64}) EXPECT_TRUE(scans_as_the_tree(with(op, n))) << op << n;
+    for (const size_t n : {1, 31, 33, 65}) EXPECT_FALSE(scan_metadata(with(op, n))) << op << n;
+  }
+  EXPECT_FALSE(scan_metadata(with('X', 32))) << "text";
+}
+
+TEST(MetadataScanTest, WhatIsThereTwiceIsNotAdded) {
+  const auto with = [](const char* name, auto&& make) {
+    CatalogueBuilder b;
+    b.more_attributes = {{b.tree.str(name), make(b)}};
+    return b.encode_in_protocol_4();
+  };
+  const Bytes emptied = with("storage_data", [](CatalogueBuilder& b) { return b.tree.dict({}); });
+  EXPECT_FALSE(scan_metadata(emptied));
+  EXPECT_EQ(decode_metadata_tree(emptied).metadata.storage_data.size(), 0U);
+  // An attribute that nobody asks for, which is a catalogue itself.
+  const Bytes nested = with("parent", [](CatalogueBuilder& b) {
+    const auto key = b.make(CatalogueBuilder::kModule, "BytesStorageMetadata", {});
+    return b.make(CatalogueBuilder::kModule, "Metadata",
+                  b.tree.dict({{b.tree.str("state_dict_metadata"), b.tree.dict({{b.tree.str("other"), key}})},
+                               {b.tree.str("storage_data"), b.tree.dict({})}}));
+  });
+  EXPECT_FALSE(scan_metadata(nested));
+  EXPECT_EQ(decode_metadata_tree(nested).metadata, CatalogueBuilder().decode());
+}
+
+TEST(MetadataScanTest, OnlyListsAreAppendedTo) {
+  // What is added to the dict is where it belongs before the opcode that adds it comes.
+  std::vector<std::string> parts = opcodes_of(CatalogueBuilder().encode_in_protocol_4());
+  size_t changed = 0;
+  for (std::string& part : parts) {
+    if (part != "u") continue;
+    part = "e";
+    EXPECT_FALSE(scan_metadata(joined(parts))) << changed;
+    part = "u";
+    ++changed;
+  }
+  EXPECT_GT(changed, 10U);
+}
+
+TEST(MetadataScanTest, ChangedOpcodesAreReadAsTheTreeReadsThemOrNotAtAll) {
+  CatalogueBuilder b;
+  b.more_attributes = {
+      {b.tree.str("storage_meta"),
+       b.make(CatalogueBuilder::kModule, "StorageMeta",
+              b.tree.dict(
+                  {{b.tree.str("checkpoint_id"), b.call("pathlib", "PosixPath", {b.tree.str("/"), b.tree.str("ckpt")})},
+                   {b.tree.str("modules"), b.tree.list({b.tree.str("m"), b.tree.str("n")})}}))},
+      {b.tree.str("version"), b.tree.str("1.0.0")}};
+  std::mt19937 random(77);
+  size_t scanned = 0;
+  size_t left = 0;
+  for (const Bytes& file : {b.encode_in_protocol_4(), encode_metadata(example())}) {
+    const std::vector<std::string> parts = opcodes_of(file);
+    std::vector<std::string> pool = parts;
+    for (const char op : std::string_view("(.)]}aetsuRbN\x81\x85\x86\x87\x88\x93\x94")) pool.emplace_back(1, op);
+    const auto any = [&](const std::vector<std::string>& all) { return random() % all.size(); };
+    for (int round = 0; round < 6000; ++round) {
+      std::vector<std::string> changed = parts;
+      for (auto n = 1 + random() % 2; n > 0; --n) {
+        const auto at = changed.begin() + static_cast<std::ptrdiff_t>(any(changed));
+        switch (random() % 4) {
+          case 0:
+            changed.erase(at);
+            break;
+          case 1:
+            *at = pool[any(pool)];
+            break;
+          case 2:
+            changed.insert(at, pool[any(pool)]);
+            break;
+          default:
+            std::swap(*at, changed[any(changed)]);
+        }
+      }
+      const Bytes damaged = joined(changed);
+      try {
+        ++(scans_as_the_tree(damaged) ? scanned : left);
+      } catch (const Error& error) {
+        ADD_FAILURE() << "round " << round << ": the tree refuses it: " << error.what();
+      }
+    }
+  }
+  EXPECT_GT(scanned, 500U);
+  EXPECT_GT(left, 5000U);
 }
 
 }  // namespace
