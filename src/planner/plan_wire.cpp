@@ -468,10 +468,12 @@ Bytes encode_catalogue(const Metadata& metadata) {
   out.varint(metadata.storage_data.size());
   for (const auto& [index, info] : metadata.storage_data) {
     const auto key = put_key(index.fqn);
-    encoder.hint(index.index, index.fqn);
+    // A file may hint at anything. What can be no position is not sent.
+    const bool has_hint = index.index && *index.index >= 0 && *index.index < std::numeric_limits<int64_t>::max();
+    encoder.hint(has_hint ? index.index : std::nullopt, index.fqn);
     // Most items lie where the chunk that they hint at lies.
     const Dims* hinted = nullptr;
-    if (index.index && key) {
+    if (has_hint && key) {
       const auto* tensor = std::get_if<TensorStorageMetadata>(
           &metadata.state_dict_metadata.begin()[static_cast<ptrdiff_t>(*key)].second);
       if (tensor != nullptr && static_cast<uint64_t>(*index.index) < tensor->chunks.size()) {
@@ -527,7 +529,7 @@ Metadata decode_catalogue(ByteSpan bytes) {
       tensor.size = decoder.dims();
       tensor.properties = decoder.properties();
       const size_t rank = tensor.size.size();
-      const size_t chunks = in.count(rank == 0 ? 1 : 2 * rank);
+      const size_t chunks = in.count(2 * rank);
       tensor.chunks.reserve(chunks);
       for (size_t c = 0; c < chunks; ++c) {
         if (rank == 0) decoder.flag();

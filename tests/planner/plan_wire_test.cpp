@@ -200,6 +200,18 @@ TEST(PlanWireTest, AHintPastTheChunksComesBackAsItWas) {
   EXPECT_EQ(hints_of(decoded), hints_of(metadata));
 }
 
+// A file may have any number there, and one rank alone reads it.
+TEST(PlanWireTest, AHintThatCanBeNoPositionIsNotSent) {
+  Metadata metadata;
+  metadata.state_dict_metadata.insert("w", TensorStorageMetadata{{}, {12}, {{{0}, {4}}, {{4}, {4}}, {{8}, {4}}}});
+  metadata.storage_data.insert({"w", Dims{0}, -1}, {"__0_0.distcp", 0, 16, {}});
+  metadata.storage_data.insert({"w", Dims{4}, kMax}, {"__0_0.distcp", 16, 16, {}});
+  metadata.storage_data.insert({"w", Dims{8}, kMax - 1}, {"__0_0.distcp", 32, 16, {}});
+  const Metadata decoded = decode_catalogue(encode_catalogue(metadata));
+  EXPECT_EQ(decoded, metadata);
+  EXPECT_EQ(hints_of(decoded), (std::vector<std::optional<int64_t>>{{}, {}, kMax - 1}));
+}
+
 TEST(PlanWireTest, DamagedPlansAreErrorsAndNothingWorse) {
   Random random(7);
   for (int round = 0; round < 6; ++round) {
@@ -247,6 +259,28 @@ TEST(PlanWireTest, HugeCountsAreRefusedBeforeAnythingIsAllocated) {
     const Bytes bytes = out.take();
     EXPECT_ERROR(ErrorCode::kCorruptData, "ends too early",
                  mark == 0xA1 ? (decode_save_plan(bytes), 0) : (decode_catalogue(bytes), 0));
+  }
+}
+
+// Each chunk takes a byte for each of its numbers at least.
+TEST(PlanWireTest, MoreChunksThanTheRestCanHoldAreRefusedAtTheirCount) {
+  for (const size_t rank : {1, 2, 3}) {
+    const auto catalogue = [&](size_t chunks) {
+      ByteWriter out;
+      out.u8(0xA2);
+      out.varint(1);
+      out.string("w");
+      out.u8(0);  // a tensor
+      out.varint(rank);
+      for (size_t i = 0; i < rank; ++i) out.varint(1);
+      out.bytes(Bytes(2));  // float32, no flags
+      out.varint(chunks);
+      out.bytes(Bytes(100));
+      return out.take();
+    };
+    const size_t most = 100 / (2 * rank);
+    EXPECT_ERROR(ErrorCode::kCorruptData, std::to_string(most + 1) + " items", decode_catalogue(catalogue(most + 1)));
+    EXPECT_ERROR(ErrorCode::kCorruptData, "ends too early; offset 1", decode_catalogue(catalogue(most)));
   }
 }
 
@@ -315,6 +349,12 @@ TEST(PlanWireTest, ItemsThatAreNotWellFormedAreNotSent) {
   EXPECT_NO_THROW(encode(item));
   WriteItem bad = item;
   bad.index.offset = Dims{1};
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "not named after its chunk", encode(bad));
+  bad = item;
+  bad.chunk.sizes = {4, 1};
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "not named after its chunk", encode(bad));
+  bad = item;
+  bad.index.offset = bad.chunk.offsets = Dims{0, 0};
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "not named after its chunk", encode(bad));
   bad = item;
   bad.chunk.sizes = {-4};

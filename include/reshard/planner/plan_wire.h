@@ -32,8 +32,8 @@ class SavePlanDecoder {
   std::unordered_map<std::string, SharedPaths> paths_;  // by the names of the plan's keys and the bytes of the paths
 };
 
-/// The whole catalogue, some ten times smaller than `.metadata` and faster to read. Throws kInvalidArgument on negative
-/// numbers.
+/// The whole catalogue, some ten times smaller than `.metadata` and faster to read; all of it but hints (`index`) that
+/// can be no position. Throws kInvalidArgument on negative sizes and offsets.
 Bytes encode_catalogue(const Metadata& metadata);
 /// Throws kCorruptData for anything that encode_catalogue does not write.
 Metadata decode_catalogue(ByteSpan bytes);
