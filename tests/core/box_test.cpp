@@ -405,6 +405,37 @@ TEST(BoxTest, ExactTilingOfTheHighestRankFindsTheLostChunk) {
   EXPECT_EQ(error->second, stairs.size() - 1);
 }
 
+TEST(BoxTest, OverlapOfTheLastTwoChunksAlongAManyTimesCutTensorIsNamed) {
+  Dims shape(24, 2);
+  shape[0] = 6;
+  std::vector<Box> chunks;
+  Box rest = whole_box(shape);
+  rest.sizes[0] = 2;
+  for (size_t dim = 1; dim < shape.size(); ++dim) {  // [0, 2) along the first dimension, cut along all others
+    Box low = rest;
+    low.sizes[dim] = 1;
+    chunks.push_back(low);
+    rest.offsets[dim] = 1;
+    rest.sizes[dim] = 1;
+  }
+  chunks.push_back(rest);
+  Box high = whole_box(shape);
+  high.offsets[0] = 2;
+  high.sizes[0] = 4;
+  chunks.push_back(high);
+  EXPECT_EQ(check_exact_tiling(shape, chunks), std::nullopt);
+  Box twice = high;
+  twice.offsets[0] = 5;
+  twice.sizes[0] = 1;
+  chunks.push_back(twice);
+  const auto error = check_exact_tiling(shape, chunks);
+  ASSERT_TRUE(error.has_value());
+  EXPECT_EQ(error->kind, TilingError::Kind::kOverlap);
+  EXPECT_EQ(error->first, chunks.size() - 2);
+  EXPECT_EQ(error->second, chunks.size() - 1);
+  EXPECT_EQ(error->at, twice.offsets);
+}
+
 TEST(BoxTest, ChunkOutsideTheTensorIsNamed) {
   const std::vector<Box> chunks{{{0}, {4}}, {{4}, {1}}};
   const auto error = check_exact_tiling({4}, chunks);

@@ -473,7 +473,7 @@ std::vector<ZipRecord> good_records() {
 ValueArchive decode(const Bytes& bytes) { return decode_value_archive(MemorySource(bytes)); }
 
 TEST(ArchiveTest, EveryVersionOfTorchAndItsOldNameAreRead) {
-  for (const char* text : {"1", "3\n", "9", "10\n"}) {
+  for (const char* text : {"1", "3\n", "5\n", "5\r\n", "9", "10\n"}) {
     auto records = good_records();
     records[1].content = bytes_of(text);
     EXPECT_EQ(decode(build_zip(records)).root().as_int(), 1);

@@ -239,6 +239,11 @@ TEST(ZipReaderTest, AnArchiveMayBeEmpty) {
   const Bytes file = out.take();
   const MemorySource source(file);
   EXPECT_TRUE(zip::Reader(source).entries().empty());
+  // Without the zip64 records it is the end record alone.
+  const Bytes shortest = build_zip({});
+  EXPECT_EQ(shortest.size(), 22u);
+  EXPECT_TRUE(zip::Reader(MemorySource(shortest)).entries().empty());
+  EXPECT_ERROR(kCorrupt, "too short", contents(Bytes(21)));
 }
 
 // The counts of the end record proper have 16 bits.

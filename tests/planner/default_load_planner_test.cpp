@@ -101,7 +101,8 @@ TEST(DefaultLoadPlannerTest, ReadItemsOfOneChunk) {
 TEST(DefaultLoadPlannerTest, MissingKeyIsAnErrorUnlessAllowed) {
   const Metadata metadata = catalogue_of({{replica_entry("module.weight", {2, 2}), replica_entry("module.bias", {2})}});
   const std::vector<StateEntry> wanted{replica_entry("module.weight", {2, 2}), replica_entry("extra_param", {2, 2})};
-  EXPECT_ERROR(ErrorCode::kNotFound, "Missing key in checkpoint state_dict: extra_param.", plan_of(wanted, metadata));
+  EXPECT_ERROR(ErrorCode::kNotFound, "Missing key in checkpoint state_dict: extra_param.; key extra_param",
+               plan_of(wanted, metadata));
   LoadReport report;
   const LoadPlan plan = plan_of(wanted, metadata, {.allow_partial_load = true}, &report);
   EXPECT_EQ(plan.items.size(), 1u);

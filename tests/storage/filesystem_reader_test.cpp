@@ -187,6 +187,16 @@ TEST_F(FileSystemReaderTest, ChecksTheSumOfEveryPayloadReadWhole) {
   }
 }
 
+TEST_F(FileSystemReaderTest, APartIsNotComparedWithTheSumOfTheWhole) {
+  constexpr int64_t kSize = 1 << 20;
+  save(states<MemorySaveState>({{replica_entry("t", {kSize}, DType::kUInt8)}}));
+  for (const Box& part : {Box{{0}, {kSize - 1}}, Box{{1}, {kSize - 1}}}) {
+    MemoryLoadState state({tensor_entry("t", {kSize}, {part}, DType::kUInt8)});
+    read_alone(directory_.path(), state, {}, local_file_system(), forget_sidecars);
+    EXPECT_EQ(state.first_difference(), "");
+  }
+}
+
 TEST_F(FileSystemReaderTest, ChecksTheSumOfValues) {
   MemorySaveState saved;
   saved.add_value("v", value_archive(std::string(100, 'x')));
@@ -758,9 +768,15 @@ TEST_F(FileSystemReaderTest, StagesWhereADestinationIsMadeOfTinyRuns) {
 }
 
 TEST_F(FileSystemReaderTest, OpensEachFileOnce) {
-  save(sharded<MemorySaveState>("t", {64, 64}, split({64, 64}, 0, 2)));
+  const Dims size{64, 64};
+  std::vector<std::vector<StateEntry>> ranks;
+  for (const std::vector<Box>& rows : split(size, 0, 2)) {
+    ranks.push_back({tensor_entry("t", size, rows), tensor_entry("u", size, rows)});
+  }
+  save(states<MemorySaveState>(ranks));
   FaultFileSystem files;
-  MemoryLoadState state({tensor_entry("t", {64, 64}, {{{0, 0}, {64, 32}}, {{0, 32}, {64, 32}}})});
+  const std::vector<Box> columns{{{0, 0}, {64, 32}}, {{0, 32}, {64, 32}}};
+  MemoryLoadState state({tensor_entry("t", size, columns), tensor_entry("u", size, columns)});
   read_alone(directory_.path(), state, {}, files);
   EXPECT_EQ(files.calls(FileCall::kOpen), 5u);  // the catalogue, two data files, two sidecars
 }
