@@ -63,7 +63,9 @@ void define(CLI::App& app, Invocation& run) {
   auto* convert = app.add_subcommand("convert", "Write a checkpoint as one of another kind");
   convert->add_option("source", run.convert.source, kCheckpoint)->required();
   convert->add_option("destination", run.convert.destination, "What is written")->required();
-  convert->add_option("--to", run.convert.to, "dcp: a directory, torch: a file that torch.load reads")
+  convert
+      ->add_option("--to", run.convert.to,
+                   "dcp: a directory, torch: a file that torch.load reads, safetensors: a directory of them")
       ->required()
       ->check(CLI::IsMember(std::vector<std::string>(kWritableKinds.begin(), kWritableKinds.end())))
       ->type_name("KIND");

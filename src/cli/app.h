@@ -11,7 +11,7 @@
 namespace reshard::cli {
 
 /// What `convert --to` takes: the names of the kinds that can be written.
-inline constexpr std::array<const char*, 2> kWritableKinds{"dcp", "torch"};
+inline constexpr std::array<const char*, 3> kWritableKinds{"dcp", "torch", "safetensors"};
 
 /// Where the parsed options go, and what came of the command.
 struct Invocation {

@@ -6,8 +6,10 @@
 namespace reshard::cli {
 
 int convert(const ConvertCommandOptions& options) {
-  // A further kind that can be written is added here, in app.cpp (--to) and in convert/.
-  const auto kind = options.to == to_string(CheckpointKind::kTorch) ? CheckpointKind::kTorch : CheckpointKind::kDcp;
+  // A further kind that can be written is added here, in app.h (--to) and in convert/.
+  const auto kind = options.to == to_string(CheckpointKind::kTorch)         ? CheckpointKind::kTorch
+                    : options.to == to_string(CheckpointKind::kSafetensors) ? CheckpointKind::kSafetensors
+                                                                            : CheckpointKind::kDcp;
   detect_checkpoint_kind(options.source);
   check_destination(options.source, options.destination, kind, options.force);
   catch_interrupts();

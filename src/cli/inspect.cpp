@@ -34,7 +34,7 @@ std::vector<FileSummary> summarize_files(const Metadata& metadata, const std::st
     const auto [it, inserted] = index.try_emplace(place.relative_path, files.size());
     if (inserted) {
       const auto status =
-          local_file_system().status(kind == CheckpointKind::kDcp ? join_path(path, place.relative_path) : path);
+          local_file_system().status(kind == CheckpointKind::kTorch ? path : join_path(path, place.relative_path));
       files.push_back({place.relative_path, 0, 0,
                        status && status->kind == FileKind::kRegular ? std::optional(status->size) : std::nullopt});
     }
@@ -46,6 +46,7 @@ std::vector<FileSummary> summarize_files(const Metadata& metadata, const std::st
 
 std::string saver_of(const Metadata& metadata, CheckpointKind kind) {
   if (kind == CheckpointKind::kTorch) return "torch.save";
+  if (kind == CheckpointKind::kSafetensors) return "safetensors";
   return metadata.sidecars ? "reshard" : "PyTorch";
 }
 

@@ -57,6 +57,7 @@ void check_destination(const std::string& source, const std::string& destination
   if (!fs::exists(status) && !fs::is_symlink(fs::symlink_status(destination))) return;
   if (!fs::is_directory(status)) exists("a checkpoint is a directory, and something else is there", destination);
   if (fs::is_empty(destination)) return;
+  if (kind == CheckpointKind::kSafetensors) exists("safetensors files need a directory of their own", destination);
   if (!fs::exists(fs::path(destination) / kMetadataFileName)) {
     exists("the directory holds something else than a checkpoint", destination);
   }

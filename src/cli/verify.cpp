@@ -10,9 +10,18 @@
 namespace reshard::cli {
 
 int verify(const VerifyOptions& options) {
-  const VerifyReport report = detect_checkpoint_kind(options.path) == CheckpointKind::kTorch
-                                  ? verify_torch_save(options.path)
-                                  : verify_checkpoint(options.path);
+  const auto verified = [&] {
+    switch (detect_checkpoint_kind(options.path)) {
+      case CheckpointKind::kTorch:
+        return verify_torch_save(options.path);
+      case CheckpointKind::kSafetensors:
+        return verify_safetensors(options.path);
+      case CheckpointKind::kDcp:
+        break;
+    }
+    return verify_checkpoint(options.path);
+  };
+  const VerifyReport report = verified();
   for (const Error& problem : report.problems) std::fprintf(stderr, "reshard: %s\n", printable(problem.what()).c_str());
   if (!options.quiet) {
     for (const std::string& note : report.notes) std::printf("note: %s\n", printable(note).c_str());

@@ -17,6 +17,7 @@
 #include "reshard/planner/default_planner.h"
 #include "reshard/protocol/thread_transport.h"
 #include "reshard/storage/filesystem.h"
+#include "reshard/storage/hugging_face.h"
 #include "reshard/storage/torch_save_reader.h"
 #include "reshard/storage/verify.h"
 
@@ -297,6 +298,13 @@ SaveResult write_dcp(const CheckpointReader& checkpoint, const std::string& dire
 
 namespace {
 
+void write_safetensors(StorageReader& reader, const std::string& directory, const ConvertOptions& options,
+                       FileSystem& file_system) {
+  export_safetensors(reader, directory, {}, file_system, [&](const Progress& progress) {
+    if (options.progress) options.progress({"write", progress.done, progress.total});
+  });
+}
+
 /// See ConvertOptions::verify_source.
 void verify_source(const std::string& directory, const ConvertOptions& options, FileSystem& file_system) {
   const auto progress = [&](const Progress& done) {
@@ -318,6 +326,9 @@ void convert(StorageReader& reader, const std::string& source, CheckpointKind fr
       break;
     case CheckpointKind::kTorch:
       write_torch_save(checkpoint, destination, options, file_system);
+      break;
+    case CheckpointKind::kSafetensors:
+      write_safetensors(reader, destination, options, file_system);
       break;
   }
 }

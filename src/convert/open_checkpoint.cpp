@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "reshard/storage/filesystem.h"
+#include "reshard/storage/hugging_face.h"
 #include "reshard/storage/torch_save_reader.h"
 
 namespace reshard {
@@ -21,6 +23,8 @@ std::string_view to_string(CheckpointKind kind) {
       return "dcp";
     case CheckpointKind::kTorch:
       return "torch";
+    case CheckpointKind::kSafetensors:
+      return "safetensors";
   }
   return "unknown";
 }
@@ -33,12 +37,23 @@ CheckpointKind detect_checkpoint_kind(const std::string& path, FileSystem& file_
     if (target && target->kind == FileKind::kDirectory) status = target;
   }
   if (!status) throw Error(ErrorCode::kNotFound, "there is no such checkpoint", {.file = path});
-  if (status->kind == FileKind::kDirectory) return CheckpointKind::kDcp;
+  if (status->kind == FileKind::kDirectory) {
+    const std::vector<std::string> names = file_system.list(path);
+    const bool is_dcp = std::ranges::find(names, kMetadataFileName) != names.end();
+    const bool has_safetensors = std::ranges::any_of(names, [](const std::string& name) {
+      return name.ends_with(".safetensors") || name == kSafetensorsIndexFileName || name == kSafetensorsShardsFileName;
+    });
+    return has_safetensors && !is_dcp ? CheckpointKind::kSafetensors : CheckpointKind::kDcp;
+  }
   return with_error_context({.file = path}, [&] {
     const auto file = file_system.open(path);
     std::array<std::byte, 4> head{};
     if (file->size() >= head.size()) file->read_exactly(0, head, "head of the file");
     if (std::ranges::find(kTorchBeginnings, as_text(head)) != kTorchBeginnings.end()) return CheckpointKind::kTorch;
+    if (path.ends_with(".safetensors")) {
+      throw Error(ErrorCode::kUnsupported, "safetensors files are read by their directory",
+                  {.wanted = "the directory that the file is in"});
+    }
     throw Error(ErrorCode::kUnsupported, "the file is no checkpoint of a kind that is known here",
                 {.wanted = "a file of torch.save, or a directory"});
   });
@@ -46,9 +61,14 @@ CheckpointKind detect_checkpoint_kind(const std::string& path, FileSystem& file_
 
 std::unique_ptr<StorageReader> open_checkpoint(const std::string& path, const OpenCheckpointOptions& options,
                                                FileSystem& file_system) {
-  if (detect_checkpoint_kind(path, file_system) == CheckpointKind::kTorch) {
-    return std::make_unique<TorchSaveReader>(path, TorchSaveReaderOptions{.verify_checksums = options.verify_checksums},
-                                             file_system);
+  switch (detect_checkpoint_kind(path, file_system)) {
+    case CheckpointKind::kTorch:
+      return std::make_unique<TorchSaveReader>(
+          path, TorchSaveReaderOptions{.verify_checksums = options.verify_checksums}, file_system);
+    case CheckpointKind::kSafetensors:
+      return std::make_unique<HuggingFaceStorageReader>(path, HuggingFaceReaderOptions{}, file_system);
+    case CheckpointKind::kDcp:
+      break;
   }
   return std::make_unique<FileSystemReader>(path, FileSystemReaderOptions{.verify_checksums = options.verify_checksums},
                                             file_system);

@@ -16,8 +16,8 @@
 #include "reshard/core/hooks.h"
 #include "reshard/format/safetensors.h"
 #include "reshard/planner/default_planner.h"
+#include "reshard/storage/checkpoint_reader.h"
 #include "reshard/storage/hugging_face.h"
-#include "storage/box_planner.h"
 #include "storage/hugging_face_files.h"
 
 namespace reshard {
@@ -443,16 +443,14 @@ void HuggingFaceStorageWriter::abandon() noexcept {
   layout_.reset();
 }
 
-// --- export
-// --------------------------------------------------------------------------------------------------------
+// --- export ----------------------------------------------------------------------------------------------------------
 
 void export_safetensors(StorageReader& reader, const std::string& output_directory,
                         const FqnToIndexMapping& fqn_to_index_mapping, FileSystem& file_system,
                         const ProgressFn& progress) {
-  const Metadata metadata = reader.read_metadata();
-  reader.set_up_storage_reader(metadata);
+  const CheckpointReader checkpoint(reader);
   std::vector<SafetensorsTensor> tensors;
-  for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+  for (const auto& [fqn, entry] : checkpoint.metadata().state_dict_metadata) {
     const auto* tensor = std::get_if<TensorStorageMetadata>(&entry);
     if (tensor == nullptr) {
       throw Error(ErrorCode::kInvalidArgument, "safetensors files hold tensors and no other values", {.key = fqn});
@@ -478,7 +476,6 @@ void export_safetensors(StorageReader& reader, const std::string& output_directo
       const auto file = file_system.create(join_path(output_directory, temporary), CreateMode::kTruncate);
       file->write(0, output.head);
       for (const SafetensorsTensor& tensor : output.tensors) {
-        const auto& stored = std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find(tensor.name));
         const int64_t width = element_size(tensor.dtype);
         const int64_t elements = volume(tensor.shape);
         const int64_t block = static_cast<int64_t>(kExportBytes) / width;
@@ -486,8 +483,7 @@ void export_safetensors(StorageReader& reader, const std::string& output_directo
         for (int64_t begin = 0; begin < elements; begin += block) {
           for (const Box& box : flat_range_to_boxes(tensor.shape, begin, std::min(begin + block, elements))) {
             buffer.resize(static_cast<size_t>(volume(box.sizes) * width));
-            BoxPlanner planner(tensor.dtype, box, buffer);
-            reader.read_data({create_read_items_for_chunk(tensor.name, stored, box)}, planner, {});
+            checkpoint.read_box(tensor.name, box, buffer);
             file->write(at, buffer);
             at += buffer.size();
             done += buffer.size();

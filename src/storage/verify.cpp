@@ -4,14 +4,17 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <set>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
+#include "reshard/core/box.h"
 #include "reshard/format/crc32.h"
 #include "reshard/format/sidecar.h"
 #include "reshard/format/torch_archive.h"
 #include "reshard/storage/filesystem.h"
+#include "reshard/storage/hugging_face.h"
 #include "reshard/storage/torch_save_reader.h"
 #include "storage/checked_file.h"
 #include "storage/chunks.h"
@@ -260,6 +263,29 @@ VerifyReport verify_torch_save(const std::string& file, FileSystem& file_system)
   } catch (const Error& error) {
     report.problems.push_back(error);
   }
+  return report;
+}
+
+VerifyReport verify_safetensors(const std::string& directory, FileSystem& file_system) {
+  VerifyReport report;
+  const Metadata metadata = HuggingFaceStorageReader(directory, {}, file_system).read_metadata();
+  for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+    const auto* tensor = std::get_if<TensorStorageMetadata>(&entry);
+    if (tensor == nullptr) continue;
+    ++report.tensors;
+    if (const auto error = check_exact_tiling(tensor->size, tensor->chunks)) {
+      report.problems.emplace_back(ErrorCode::kCorruptData, "the chunks of a tensor do not make it",
+                                   ErrorContext{.key = fqn, .found = to_string(*error, tensor->chunks)});
+    }
+  }
+  std::set<std::string> files;
+  for (const auto& [index, place] : metadata.storage_data) {
+    ++report.items;
+    report.bytes += place.length;
+    files.insert(place.relative_path);
+  }
+  report.files = files.size();
+  report.notes.emplace_back("safetensors files have no checksums: a changed byte of a tensor cannot be seen");
   return report;
 }
 

@@ -11,8 +11,13 @@
 #include <regex>
 
 #include "cli/run_cli.h"
+#include "reshard/planner/default_planner.h"
+#include "reshard/protocol/protocol.h"
+#include "reshard/protocol/thread_transport.h"
 #include "reshard/storage/checkpoint_reader.h"
+#include "reshard/storage/filesystem.h"
 #include "reshard/storage/torch_save_reader.h"
+#include "support/memory_state.h"
 #include "support/torch_files.h"
 
 namespace reshard {
@@ -45,6 +50,40 @@ TEST_F(ConvertTest, ToAFileAndBackIsTheSame) {
   const CommandResult run = reshard_command({"inspect", out("model.pt")});
   EXPECT_THAT(run.out, HasSubstr("saved by torch.save"));
   EXPECT_TRUE(std::regex_search(run.out, std::regex("model\\.pt +3 +[0-9]+\n"))) << run.out;
+}
+
+TEST_F(ConvertTest, TensorsGoToSafetensorsAndBack) {
+  // The values of this checkpoint have no place there.
+  const CommandResult values = reshard_command({"convert", path(), out("st"), "--to", "safetensors"});
+  EXPECT_EQ(values.exit_code, 1);
+  EXPECT_THAT(values.err, HasSubstr("invalid argument"));
+  EXPECT_THAT(names_out(), ElementsAre()) << "nothing is left";
+
+  MemorySaveState state({replica_entry("a.weight", {6, 4}), replica_entry("b", {3}), replica_entry("scalar", {})});
+  FileSystemWriter writer(out("tensors"));
+  DefaultSavePlanner planner;
+  run_save(*solo_transport(), state, planner, writer);
+  EXPECT_EQ(reshard_command({"convert", out("tensors"), out("st"), "--to", "safetensors"}).err, "");
+  EXPECT_EQ(reshard_command({"convert", out("st"), out("dcp"), "--to", "dcp"}).err, "");
+  EXPECT_EQ(reshard_command({"convert", out("st"), out("st.pt"), "--to", "torch"}).err, "");
+  EXPECT_EQ(reshard_command({"reshard", out("st"), out("three"), "-n", "3"}).err, "");
+  const std::string wanted = reshard_command({"digest", out("tensors")}).out;
+  for (const char* name : {"st", "dcp", "st.pt", "three"}) {
+    EXPECT_EQ(reshard_command({"digest", out(name)}).out, wanted) << name;
+    EXPECT_EQ(reshard_command({"diff", out("tensors"), out(name)}).exit_code, 0) << name;
+  }
+  EXPECT_THAT(reshard_command({"inspect", out("st")}).out, HasSubstr("saved by safetensors"));
+  const CommandResult verified = reshard_command({"verify", out("st")});
+  EXPECT_EQ(verified.exit_code, 0) << verified.err;
+  EXPECT_THAT(verified.out, HasSubstr("no checksums"));
+  EXPECT_THAT(verified.out, HasSubstr("whole: 3 tensors and 0 values"));
+  const CommandResult again = reshard_command({"convert", out("tensors"), out("st"), "--to", "safetensors", "--force"});
+  EXPECT_EQ(again.exit_code, 1);
+  EXPECT_THAT(again.err, HasSubstr("a directory of their own"));
+  const std::string file = out("st/model-00001-of-00001.safetensors");
+  EXPECT_THAT(reshard_command({"inspect", file}).err, HasSubstr("are read by their directory"));
+  std::filesystem::resize_file(file, std::filesystem::file_size(file) - 1);
+  EXPECT_EQ(reshard_command({"verify", out("st")}).exit_code, 1);
 }
 
 TEST_F(ConvertTest, ReshardWritesWhatSoManyRanksWouldSave) {

@@ -48,7 +48,8 @@ void write_torch_save(const CheckpointReader& checkpoint, const std::string& fil
 SaveResult write_dcp(const CheckpointReader& checkpoint, const std::string& directory, int ranks = 1,
                      const ConvertOptions& options = {}, FileSystem& file_system = local_file_system());
 
-/// Writes the checkpoint at `source`, of any kind, as one of kind `to`; `ranks` as in write_dcp().
+/// Writes the checkpoint at `source`, of any kind, as one of kind `to`; `ranks` as in write_dcp(). kSafetensors is export_safetensors(): values that
+/// are no tensors are kInvalidArgument naming the key, a directory with safetensors files is kAlreadyExists, whatever the options.
 void convert_checkpoint(const std::string& source, const std::string& destination, CheckpointKind to, int ranks = 1,
                         const ConvertOptions& options = {}, FileSystem& file_system = local_file_system());
 

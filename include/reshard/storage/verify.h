@@ -41,6 +41,10 @@ VerifyReport verify_checkpoint(const std::string& directory, FileSystem& file_sy
 /// record. Throws only if its state dict cannot be read.
 VerifyReport verify_torch_save(const std::string& file, FileSystem& file_system = local_file_system());
 
+/// The same of a directory of safetensors files, as far as that goes: headers, index, that all files are there and as long as they say, and
+/// that the chunks of every tensor tile it. The format has no checksums; a note says so. Throws where HuggingFaceStorageReader does.
+VerifyReport verify_safetensors(const std::string& directory, FileSystem& file_system = local_file_system());
+
 /// Calls fn(fqn, SHA-256 of the row-major little-endian elements) for every tensor, in the order of the catalogue.
 /// Lazily conjugated and negated elements count as resolved. Reads in blocks of about `block_bytes`. Throws at the
 /// first key that cannot be read whole.
