@@ -8,6 +8,13 @@
 //   TORCHELASTIC_USE_AGENT_STORE   "True" when the launcher itself serves the store, so that rank 0 must not
 //   RESHARD_MASTER_LISTEN_FD       rank 0 only: a listening socket bound to MASTER_PORT, opened by the launcher, for
 //                                  rank 0's store to serve on: no port is chosen twice, none is taken meanwhile
+//
+// Where RANK and WORLD_SIZE are not set, those that started the processes are asked:
+//
+//   mpirun (Open MPI)              OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE. MASTER_ADDR must be set if the ranks are on several
+//                                  hosts; MASTER_PORT must be set
+//   srun (Slurm)                   SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE, SLURM_NODEID. MASTER_ADDR, if not
+//                                  set, is the first host of SLURM_STEP_NODELIST; MASTER_PORT follows from the numbers of job and step
 
 #include <cstdint>
 #include <optional>
@@ -29,8 +36,8 @@ struct RankEnvironment {
   std::optional<int> master_listen_fd;  // serve the store on this socket; owned by the caller from now on
 };
 
-/// Reads the contract from the process environment. Nothing of it set: nullopt, the process runs alone. Partly set, not
-/// a number, out of range, or a listening socket that is none: throws kInvalidArgument naming the variable and its
+/// Reads the contract from the process environment. Nothing of it set, and started by neither mpirun nor srun: nullopt, the process runs
+/// alone. Partly set, not a number, out of range, or a listening socket that is none: throws kInvalidArgument naming the variable and its
 /// value.
 std::optional<RankEnvironment> read_rank_environment();
 
