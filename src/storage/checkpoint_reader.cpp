@@ -3,13 +3,15 @@
 
 #include <algorithm>
 #include <map>
-#include <optional>
 #include <utility>
 
 #include "reshard/planner/default_planner.h"
 
 namespace reshard {
 namespace {
+
+// Different views of one place among which ties are looked for.
+constexpr size_t kMostViews = 16;
 
 /// Reads boxes of one tensor into one buffer, or one value; a load planner without a state dict.
 class PiecePlanner final : public LoadPlanner {
@@ -36,31 +38,45 @@ class PiecePlanner final : public LoadPlanner {
   LoadReport report_;
 };
 
-/// Where all of a tensor lies; nothing if the catalogue does not say.
-std::optional<std::string> place_of(const Metadata& metadata, const std::string& fqn,
-                                    const TensorStorageMetadata& tensor) {
-  std::string place = std::string(to_string(tensor.properties.dtype)) + to_string(tensor.size);
-  for (const Box& chunk : tensor.chunks) {
-    const StorageInfo* info = metadata.storage_data.find({fqn, chunk.offsets, {}});
-    if (info == nullptr || volume(chunk.sizes) == 0) return std::nullopt;
-    place += to_string(chunk) + std::to_string(info->offset) + "+" + std::to_string(info->length);
-    for (const std::string& transform : info->transform_descriptors) place += "\n" + transform;
-    place += "\n" + info->relative_path.str() + "\n";
+/// The place of a chunk with elements, null if the catalogue has none.
+const StorageInfo* place_of(const Metadata& metadata, const std::string& fqn, const Box& chunk) {
+  return volume(chunk.sizes) == 0 ? nullptr : metadata.storage_data.find({fqn, chunk.offsets, {}});
+}
+
+/// True if two tensors are stored as one.
+bool is_one_place(const Metadata& metadata, const std::string& a, const TensorStorageMetadata& tensor_a,
+                  const std::string& b, const TensorStorageMetadata& tensor_b) {
+  if (tensor_a.properties.dtype != tensor_b.properties.dtype || tensor_a.size != tensor_b.size ||
+      tensor_a.chunks != tensor_b.chunks) {
+    return false;
   }
-  return place;
+  return std::ranges::all_of(tensor_a.chunks, [&](const Box& chunk) {
+    const StorageInfo* place_a = place_of(metadata, a, chunk);
+    const StorageInfo* place_b = place_of(metadata, b, chunk);
+    return place_a != nullptr && place_b != nullptr && *place_a == *place_b;
+  });
 }
 
 }  // namespace
 
 CheckpointReader::CheckpointReader(StorageReader& reader) : reader_(reader), metadata_(reader.read_metadata()) {
   reader_.set_up_storage_reader(metadata_);
-  std::unordered_map<std::string, std::string> first_at;
+  // Tensors by where their first chunk begins.
+  std::unordered_map<std::string, std::vector<std::pair<const std::string*, const TensorStorageMetadata*>>> first_at;
   for (const auto& [fqn, stored] : metadata_.state_dict_metadata) {
     const auto* tensor = std::get_if<TensorStorageMetadata>(&stored);
-    auto place = tensor != nullptr ? place_of(metadata_, fqn, *tensor) : std::nullopt;
-    if (!place) continue;
-    const auto [it, is_new] = first_at.try_emplace(*std::move(place), fqn);
-    if (!is_new) ties_[fqn] = it->second;
+    if (tensor == nullptr || tensor->chunks.empty()) continue;
+    const StorageInfo* place = place_of(metadata_, fqn, tensor->chunks[0]);
+    if (place == nullptr) continue;
+    auto& others = first_at[place->relative_path + "@" + std::to_string(place->offset)];
+    const auto it = std::ranges::find_if(others, [&, &fqn = fqn](const auto& other) {
+      return is_one_place(metadata_, *other.first, *other.second, fqn, *tensor);
+    });
+    if (it != others.end()) {
+      ties_[fqn] = *it->first;
+    } else if (others.size() < kMostViews) {
+      others.emplace_back(&fqn, tensor);
+    }
   }
 }
 

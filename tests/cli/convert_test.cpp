@@ -238,9 +238,9 @@ class CreationWatch {
   int fd_;
 };
 
-// Element by element, so that the signal comes in the middle.
+// Element by element, which takes a second or more, so that the signal comes in the middle.
 TEST_F(ConvertTest, AnInterruptedCommandLeavesNothing) {
-  save_checkpoint(path(), states<MemorySaveState>({{replica_entry("w", {20'000})}}));
+  save_checkpoint(path(), states<MemorySaveState>({{replica_entry("w", {300'000})}}));
   for (const int signal : {SIGINT, SIGTERM}) {
     for (const char* kind : {"torch", "dcp"}) {
       const TemporaryDirectory logs;
@@ -257,7 +257,7 @@ TEST_F(ConvertTest, AnInterruptedCommandLeavesNothing) {
 }
 
 TEST_F(ConvertTest, AKilledCommandLeavesNothingThatPassesForACheckpoint) {
-  save_checkpoint(path(), states<MemorySaveState>({{replica_entry("w", {20'000})}}));
+  save_checkpoint(path(), states<MemorySaveState>({{replica_entry("w", {300'000})}}));
   for (const char* kind : {"torch", "dcp"}) {
     const CreationWatch watch(out_.path());
     const pid_t pid =
