@@ -142,7 +142,7 @@ class Scanner {
   static constexpr uint64_t kMaxCopiedPerByte = 64;
   static constexpr uint32_t kMaxRank = 8;
 
-  struct List {
+  struct List {  // of one of them
     std::vector<ChunkStorageMetadata> chunks;
     std::vector<Value> texts;
   };
@@ -500,11 +500,10 @@ class Scanner {
     }
     List& list = lists_[static_cast<size_t>(target.number - 1)];
     if (value.kind == Kind::kChunk) {
-      require(has_chunk_ && list.texts.empty());
       has_chunk_ = false;
       list.chunks.push_back(std::move(chunk_));
     } else {
-      require(value.kind == Kind::kText && list.chunks.empty());
+      require(value.kind == Kind::kText);
       list.texts.push_back(value);
     }
   }
@@ -517,7 +516,6 @@ class Scanner {
       for (const TensorStorageMetadata& tensor : tensors_) chunks += tensor.chunks.size();
       result_.metadata.storage_data.reserve(chunks);
     }
-    require(has_index_ && has_info_);
     has_index_ = has_info_ = false;
     require(result_.metadata.storage_data.insert(std::move(index_), std::move(info_)));
     index_ = {};
@@ -557,8 +555,9 @@ class Scanner {
   void settle() {
     if (marks_.empty()) return;
     const size_t mark = marks_.back();
+    const size_t outer_mark = marks_.size() == 1 ? 0 : marks_[marks_.size() - 2];
+    if (mark == outer_mark) return;  // between the two is nothing to add to
     const size_t above = stack_.size() - mark;
-    if (mark == 0 || above == 0 || above > 2) return;
     Value& target = stack_[mark - 1];
     if (above == 1 && stack_.back().kind == Kind::kChunk && target.kind == Kind::kList) {
       append_to(target, stack_.back());

@@ -144,6 +144,16 @@ TEST(EncodeMetadataTest, TextThatCouldNotBeReadBackIsRefused) {
   }
 }
 
+TEST(EncodeMetadataTest, TextOfEveryLengthIsReadBack) {
+  Metadata m;
+  m.planner_data.emplace();
+  for (const size_t length : {0, 1, 254, 255, 256, 257, 1023, 1024, 1025, 70'000}) {
+    const std::string name(length, 'n');
+    m.planner_data->insert(name, {name, int64_t{1}});
+  }
+  EXPECT_EQ(decode_metadata(encode_metadata(m)), m);
+}
+
 TEST(EncodeMetadataTest, NumbersThatPythonWouldReadAsNegativeAreRefused) {
   Metadata m = example();
   m.storage_data.find({"step", {}, {}})->offset = uint64_t{1} << 63;

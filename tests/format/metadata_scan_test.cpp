@@ -11,6 +11,7 @@
 
 #include "format/catalogue_builder.h"
 #include "reshard/format/dcp_metadata.h"
+#include "support/expect_error.h"
 #include "support/oracle.h"
 
 namespace reshard {
@@ -83,7 +84,9 @@ TEST(MetadataScanTest, DamagedStreamsAreReadAsTheTreeReadsThemOrNotAtAll) {
     for (size_t n = 0; n < file.size(); ++n) EXPECT_FALSE(scan_metadata(ByteSpan(file).first(n))) << n;
     Bytes damaged = file;
     for (size_t at = 0; at < file.size(); ++at) {
-      for (const unsigned flip : {0x01u, 0x04u, 0x20u, 0x80u, 0xFFu}) {
+      constexpr unsigned kFlips[] = {0x01, 0x04, 0x20, 0x80, 0xFF};
+      for (const unsigned flip : kFlips) {
+        if (&file != &files[0] && flip != kFlips[at % 5]) continue;  // PyTorch's are much the same
         damaged[at] = file[at] ^ static_cast<std::byte>(flip);
         try {
           ++(scans_as_the_tree(damaged) ? scanned : left);
@@ -172,6 +175,17 @@ TEST(MetadataScanTest, WhatIsThereTwiceIsNotAdded) {
   });
   EXPECT_FALSE(scan_metadata(nested));
   EXPECT_EQ(decode_metadata_tree(nested).metadata, CatalogueBuilder().decode());
+}
+
+TEST(MetadataScanTest, TheStreamIsOneCatalogueAndNothingElse) {
+  const std::vector<std::string> parts = opcodes_of(CatalogueBuilder().encode_in_protocol_4());
+  for (const char* more : {"N", "(", "(("}) {
+    std::vector<std::string> changed = parts;
+    changed.insert(changed.begin() + 1, more);
+    EXPECT_FALSE(scan_metadata(joined(changed))) << more;
+    EXPECT_ERROR(ErrorCode::kCorruptData, "values left on the stack", decode_metadata_tree(joined(changed)));
+  }
+  EXPECT_FALSE(scan_metadata(as_bytes("K\x01.")));
 }
 
 TEST(MetadataScanTest, OnlyListsAreAppendedTo) {

@@ -228,6 +228,10 @@ TEST(PickleParseTest, NewObjectsAndPersistentIds) {
   EXPECT_EQ(items[2].persistent_id().as_int(), 7);
 }
 
+TEST(PickleParseTest, AMemoIndexIsAtMostThePlaceInTheStream) {
+  EXPECT_TRUE(parse(stream("Nr\x06\0\0\0.")).root().is_none());
+}
+
 TEST(PickleParseTest, MemoEntriesAreTheSameNode) {
   const Tree tree = parse(stream("\x80\x04(]\x94\x8c\x01s\x94h\x01j\x01\0\0\0t."));
   const auto items = tree.root().items();
@@ -317,6 +321,7 @@ INSTANTIATE_TEST_SUITE_P(
                       BadStream{"MissingMemo", stream("h\x05."), kCorrupt, "memo entry 5"},
                       BadStream{"GapInTheMemo", stream("Nq\x03h\x01."), kCorrupt, "memo entry 1"},
                       BadStream{"HugeMemoIndex", stream("Nr\xff\xff\xff\xff."), kCorrupt, "memo index 4294967295"},
+                      BadStream{"MemoIndexPastItsPlace", stream("Nr\x07\0\0\0."), kCorrupt, "memo index 7"},
                       BadStream{"MemoOfNothing", stream("q\0."), kCorrupt, "stack underflow"},
                       BadStream{"UnknownOpcode", stream("\xf0."), kCorrupt, "unknown opcode 240"},
                       BadStream{"Inst", stream("(ios\nsystem\n."), kUnsupported, "INST"},

@@ -79,6 +79,11 @@ TEST(SidecarTest, ContentsAreCheckedBehindARightDigest) {
   refuse("not below the world size", out);
   out = begin_body(0, 0);
   refuse("not below the world size", out);
+  out = begin_body(0, uint64_t{1} << 31);
+  refuse("not below the world size", out);
+  out = begin_body(0, (uint64_t{1} << 31) - 1);
+  out.varint(0);
+  EXPECT_EQ(decode_sidecar(sealed(out.take())).world_size, (int64_t{1} << 31) - 1);
   out = begin_body();
   out.varint(uint64_t{1} << 60);  // files
   refuse("ends too early", out);

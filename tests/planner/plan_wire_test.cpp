@@ -323,6 +323,38 @@ TEST(PlanWireTest, PlanThatRepeatsALongNameIsPadded) {
   EXPECT_EQ(decode_save_plan(encode_save_plan(plan)), plan);
 }
 
+// The parts of a path, which are cut out of the name, count too.
+TEST(PlanWireTest, PlanWithALongPathIsPaddedForIt) {
+  SavePlan plan;
+  std::string fqn = "n";
+  while (fqn.size() < 50000) fqn += ".n";
+  for (int64_t i = 0; i < 500; ++i) {
+    WriteItem item;
+    item.index = {fqn, Dims{i}, {}};
+    item.type = WriteItemType::kShard;
+    item.chunk = {{i}, {1}};
+    item.size = {500};
+    plan.items.push_back(item);
+  }
+  plan.planner_data.edit().insert(fqn, path_of(fqn));
+  EXPECT_EQ(decode_save_plan(encode_save_plan(plan)), plan);
+}
+
+TEST(PlanWireTest, CatalogueThatRepeatsLongNamesIsPadded) {
+  Metadata metadata;
+  std::string fqn = "n";
+  while (fqn.size() < 50000) fqn += ".n";
+  const std::string path(50000, 'p');
+  TensorStorageMetadata tensor{{}, {500}, {}};
+  for (int64_t i = 0; i < 500; ++i) {
+    tensor.chunks.push_back({{i}, {1}});
+    metadata.storage_data.insert({fqn, Dims{i}, i}, {path, static_cast<uint64_t>(i), 1, {}});
+  }
+  metadata.state_dict_metadata.insert(fqn, tensor);
+  metadata.planner_data.emplace().insert(fqn, path_of(fqn));
+  EXPECT_EQ(decode_catalogue(encode_catalogue(metadata)), metadata);
+}
+
 TEST(PlanWireTest, WellFormedItemsTakeAFewBytesEach) {
   SavePlan plan;
   for (int64_t i = 0; i < 1000; ++i) {
