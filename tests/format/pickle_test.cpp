@@ -390,6 +390,20 @@ TEST(PickleBombTest, ALongTextSharedOftenIsNoticed) {
   check_tree(tree.str(std::string(100'000'000, 'x')));
 }
 
+TEST(PickleBombTest, SharedPartsCountEachTimeUpToTheLimit) {
+  Tree tree;
+  const Value pair = tree.tuple({Tree::integer(1), Tree::integer(2)});
+  const Value text = tree.str(std::string(128, 'x'));  // counts as three values
+  const std::pair<Value, uint64_t> cases[] = {{tree.list({Tree::integer(1)}), 2},
+                                              {tree.list({pair, pair}), 7},
+                                              {tree.list({text, text}), 7},
+                                              {tree.dict({{tree.str("k"), pair}}), 5}};
+  for (const auto& [value, count] : cases) {
+    check_tree(value, {.max_expanded = count});
+    EXPECT_ERROR(kUnsupported, "too large", check_tree(value, {.max_expanded = count - 1}));
+  }
+}
+
 TEST(PickleBombTest, CyclesThroughEveryKindOfNodeAreNoticed) {
   for (const ByteSpan bytes :
        {stream("]q\0h\0a."), stream("}q\0Nh\0s."), stream("cm\nf\n)Rq\0h\0b."), stream("cm\nf\n)Rq\0h\0a."),

@@ -262,6 +262,16 @@ TEST(PlanWireTest, HugeCountsAreRefusedBeforeAnythingIsAllocated) {
   }
 }
 
+TEST(PlanWireTest, ChunksOfAByteANumberComeBackAsTheyWere) {
+  for (const size_t rank : {0, 1, 2, 3}) {
+    Metadata metadata;
+    const Dims size(rank, 1);
+    metadata.state_dict_metadata.insert(
+        "w", TensorStorageMetadata{{}, size, std::vector<Box>(rank == 0 ? 1 : 100, whole_box(size))});
+    EXPECT_EQ(decode_catalogue(encode_catalogue(metadata)), metadata);
+  }
+}
+
 // Each chunk takes a byte for each of its numbers at least.
 TEST(PlanWireTest, MoreChunksThanTheRestCanHoldAreRefusedAtTheirCount) {
   for (const size_t rank : {1, 2, 3}) {

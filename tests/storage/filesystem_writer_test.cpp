@@ -448,8 +448,10 @@ class FailingHelperPlanner final : public SavePlanner {
         ~AtExit() { ended.release(); }
       };
       static thread_local const AtExit at_exit{helper_ended_};
+      EXPECT_TRUE(own_began_.try_acquire_for(kTestSilence));  // else it would write nothing at all
       throw Error(ErrorCode::kIo, "the helper failed");
     }
+    own_began_.release();
     EXPECT_TRUE(helper_ended_.try_acquire_for(kTestSilence));
     return memory_;
   }
@@ -458,6 +460,7 @@ class FailingHelperPlanner final : public SavePlanner {
  private:
   const std::thread::id own_thread_ = std::this_thread::get_id();
   const Bytes memory_ = Bytes(20 << 20);
+  mutable std::binary_semaphore own_began_{0};
   mutable std::binary_semaphore helper_ended_{0};
 };
 
