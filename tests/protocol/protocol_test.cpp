@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "protocol/simulation.h"
+#include "support/counting_transport.h"
 #include "support/expect_error.h"
 #include "support/random_tiling.h"
 
@@ -188,28 +189,6 @@ TEST(ProtocolTest, ProgressIsReportedOnItsRank) {
   EXPECT_THAT(seen, ElementsAre("write 1/3", "write 2/3", "write 3/3", "read 1/2", "read 2/2"));
 }
 
-/// Notes the size of each message that is sent.
-class CountingTransport final : public Transport {
- public:
-  explicit CountingTransport(Transport& inner) : inner_(inner) {}
-  int rank() const override { return inner_.rank(); }
-  int world_size() const override { return inner_.world_size(); }
-  void send(int to, ByteSpan message) override {
-    sizes.push_back(message.size());
-    inner_.send(to, message);
-  }
-  Bytes receive(int from) override { return inner_.receive(from); }
-  void gather(std::span<const int> from, const std::function<void(Arrival)>& arrived) override {
-    inner_.gather(from, arrived);
-  }
-  void heartbeat() noexcept override { inner_.heartbeat(); }
-
-  std::vector<size_t> sizes;
-
- private:
-  Transport& inner_;
-};
-
 TEST(ProtocolTest, VoteIsOneSmallMessageHoweverLargeThePlan) {
   Simulation job(3);
   std::vector<std::unique_ptr<CountingTransport>> counting;
@@ -225,11 +204,11 @@ TEST(ProtocolTest, VoteIsOneSmallMessageHoweverLargeThePlan) {
   });
   for (const auto& error : errors) EXPECT_EQ(error, nullptr);
   for (size_t rank = 1; rank < 3; ++rank) {
-    ASSERT_EQ(counting[rank]->sizes.size(), 2u) << "a plan and a vote";
-    EXPECT_GT(counting[rank]->sizes[0], 5000u);
-    EXPECT_LE(counting[rank]->sizes[1], 80u);
+    ASSERT_EQ(counting[rank]->sent.size(), 2u) << "a plan and a vote";
+    EXPECT_GT(counting[rank]->sent[0], 5000u);
+    EXPECT_LE(counting[rank]->sent[1], 80u);
   }
-  EXPECT_EQ(counting[0]->sizes.size(), 4u) << "a plan and an outcome for each other rank";
+  EXPECT_EQ(counting[0]->sent.size(), 4u) << "a plan and an outcome for each other rank";
 }
 
 TEST(ProtocolTest, ThousandRanksSaveAndLoad) {

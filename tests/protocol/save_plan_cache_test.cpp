@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Saves again and again with a SavePlanCache a rank: what is sent, what is written, and what makes a save plan in full.
+#include "protocol/save_plan_cache.h"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -13,37 +15,12 @@
 
 #include "reshard/storage/filesystem.h"
 #include "simulation.h"
+#include "support/counting_transport.h"
+#include "support/expect_error.h"
 #include "support/temporary_directory.h"
 
 namespace reshard {
 namespace {
-
-/// Counts what a rank sends, and the bytes of each message that it gets.
-class CountingTransport final : public Transport {
- public:
-  explicit CountingTransport(Transport& transport) : transport_(transport) {}
-  int rank() const override { return transport_.rank(); }
-  int world_size() const override { return transport_.world_size(); }
-  void send(int to, ByteSpan message) override {
-    sent.push_back(message.size());
-    transport_.send(to, message);
-  }
-  Bytes receive(int from) override {
-    Bytes message = transport_.receive(from);
-    received.push_back(message.size());
-    return message;
-  }
-  void gather(std::span<const int> from, const std::function<void(Arrival)>& arrived) override {
-    transport_.gather(from, arrived);
-  }
-  void heartbeat() noexcept override { transport_.heartbeat(); }
-
-  std::vector<size_t> sent;
-  std::vector<size_t> received;
-
- private:
-  Transport& transport_;
-};
 
 /// One job that saves into one directory.
 class Job {
@@ -284,6 +261,135 @@ TEST(SavePlanCacheTest, ARepeatedSaveWritesWhatASaveWithoutCacheWrites) {
     return metadata;
   };
   EXPECT_EQ(catalogue(true), catalogue(false));
+}
+
+// --- the messages ----------------------------------------------------------------------------------------------------
+
+std::vector<std::vector<size_t>> read_shared_sets(const Bytes& bytes, size_t items) {
+  ByteReader in(bytes);
+  std::vector<std::vector<size_t>> sets;
+  for (const SharedSet& set : decode_shared_sets(in, items)) sets.push_back(set.items);
+  EXPECT_TRUE(in.at_end());
+  return sets;
+}
+Bytes varints(std::initializer_list<uint64_t> numbers) {
+  ByteWriter out;
+  for (const uint64_t number : numbers) out.varint(number);
+  return out.take();
+}
+
+TEST(SharedSetsTest, ComeBackAsTheyWere) {
+  ByteWriter out;
+  encode_shared_sets({{7, {0, 1, 5}}, {8, {}}, {9, {299}}}, out);
+  EXPECT_EQ(read_shared_sets(out.take(), 300), (std::vector<std::vector<size_t>>{{0, 1, 5}, {}, {299}}));
+}
+
+TEST(SharedSetsTest, ItemsOutsideThePlanAndCountsWithoutItemsAreRefused) {
+  constexpr uint64_t kMost = ~uint64_t{0};
+  EXPECT_EQ(read_shared_sets(varints({1, 2, 0, 1}), 3), (std::vector<std::vector<size_t>>{{0, 2}}));
+  for (const Bytes& bad : {varints({1, 1, 3}), varints({1, 2, 0, 2}), varints({1, 2, 2, 0}), varints({1, 2, 1, kMost}),
+                           varints({1, 1, kMost})}) {
+    EXPECT_ERROR(ErrorCode::kCorruptData, "not in the plan", read_shared_sets(bad, 3));
+  }
+  EXPECT_ERROR(ErrorCode::kCorruptData, "not in the plan", read_shared_sets(varints({1, 1, 0}), 0));
+  for (const Bytes& bad : {varints({kMost}), varints({2, 0}), varints({1, kMost}), varints({1, 2, 0})}) {
+    EXPECT_ERROR(ErrorCode::kCorruptData, "ends too early", read_shared_sets(bad, 3));
+  }
+}
+
+TEST(SharedSetsTest, AreTheItemsThatTheSameRanksHold) {
+  std::vector<SavePlan> plans(3);
+  const auto add = [&](std::initializer_list<size_t> ranks, const char* fqn, bool has_content = true) {
+    for (const size_t rank : ranks) {
+      WriteItem& item = plans[rank].items.emplace_back();
+      item.index.fqn = fqn;
+      if (has_content) item.content.emplace();
+    }
+  };
+  add({0}, "own");
+  add({0, 1, 2}, "all");
+  add({1, 2}, "pair");
+  add({0, 1, 2}, "no content", false);
+  add({1, 2}, "pair too");
+  add({0, 1, 2}, "all too");
+  add({0, 2}, "others");
+  const auto sets = find_shared_sets(plans);
+  const auto items = [&](size_t rank) {
+    std::vector<std::vector<size_t>> all;
+    for (const SharedSet& set : sets[rank]) all.push_back(set.items);
+    return all;
+  };
+  using Sets = std::vector<std::vector<size_t>>;
+  EXPECT_EQ(items(0), (Sets{{1, 3}, {4}}));
+  EXPECT_EQ(items(1), (Sets{{0, 4}, {1, 3}}));
+  EXPECT_EQ(items(2), (Sets{{0, 4}, {1, 3}, {5}}));
+  EXPECT_EQ(sets[0][0].id, sets[1][0].id);
+  EXPECT_EQ(sets[0][0].id, sets[2][0].id);
+  EXPECT_EQ(sets[1][1].id, sets[2][1].id);
+  EXPECT_EQ(sets[0][1].id, sets[2][2].id);
+  EXPECT_EQ((std::set{sets[2][0].id, sets[2][1].id, sets[2][2].id}).size(), 3U);
+}
+
+TEST(PlanOfferTest, EndsAfterAWholeDigest) {
+  PlanOffer offer;
+  offer.plan.fill(std::byte{1});
+  offer.contents.resize(2);
+  offer.contents[1].fill(std::byte{2});
+  ByteWriter out;
+  offer.encode(out);
+  const Bytes bytes = out.take();
+  EXPECT_EQ(bytes.size(), 48U);
+  for (size_t n = 0; n <= bytes.size(); ++n) {
+    ByteReader in(ByteSpan(bytes).first(n));
+    if (n % 16 != 0 || n == 0) {
+      EXPECT_ERROR(ErrorCode::kCorruptData, "ends too early", PlanOffer::decode(in));
+      continue;
+    }
+    const PlanOffer back = PlanOffer::decode(in);
+    EXPECT_EQ(back.plan, offer.plan);
+    EXPECT_EQ(back.contents,
+              std::vector(offer.contents.begin(), offer.contents.begin() + static_cast<ptrdiff_t>(n / 16 - 1)));
+  }
+}
+
+TEST(PlanOfferTest, AnOtherNumberOfOffersOrOfSetsIsNotAsKept) {
+  SavePlanCache::Kept kept;
+  kept.planned_in = "id";
+  kept.ranks.resize(2);
+  kept.ranks[1].structure.fill(std::byte{1});
+  kept.ranks[0].sets = {0};
+  kept.ranks[1].sets = {0, 1};
+  const auto offer = [&](size_t rank, size_t sets) {
+    return PlanOffer{PlanOffer::plan_digest("id", kept.ranks[rank].structure), std::vector<ShortDigest>(sets)};
+  };
+  EXPECT_TRUE(is_as_kept(kept, {offer(0, 1), offer(1, 2)}));
+  for (const std::vector<PlanOffer>& other : {std::vector{offer(0, 1)},
+                                              {offer(0, 1), offer(1, 2), offer(1, 2)},
+                                              {offer(0, 0), offer(1, 2)},
+                                              {offer(0, 2), offer(1, 2)},
+                                              {offer(0, 1), offer(1, 1)},
+                                              {offer(1, 1), offer(0, 2)}}) {
+    EXPECT_FALSE(is_as_kept(kept, other));
+  }
+  std::vector<PlanOffer> offers{offer(0, 1), offer(1, 2)};
+  offers[1].contents[1].fill(std::byte{9});  // of a set that rank 0 has no part in
+  EXPECT_TRUE(is_as_kept(kept, offers));
+  offers[1].contents[0].fill(std::byte{9});
+  EXPECT_FALSE(is_as_kept(kept, offers));
+}
+
+TEST(RenameFilesTest, EachFileGetsItsNameAndNoneIsLeft) {
+  const std::vector<StorageInfo> places{{"a", 0, 1, {}}, {"b", 0, 2, {}}, {"a", 1, 3, {}}};
+  EXPECT_EQ(files_of(places), (std::vector<SharedString>{"a", "b"}));
+  std::vector<StorageInfo> renamed = places;
+  rename_files(renamed, {"b", "c"});
+  EXPECT_EQ(renamed, (std::vector<StorageInfo>{{"b", 0, 1, {}}, {"c", 0, 2, {}}, {"b", 1, 3, {}}}));
+  for (const std::vector<SharedString>& names : {std::vector<SharedString>{}, {"b"}}) {
+    renamed = places;
+    EXPECT_ERROR(ErrorCode::kCorruptData, "more files than were named", rename_files(renamed, names));
+  }
+  renamed = places;
+  EXPECT_ERROR(ErrorCode::kCorruptData, "fewer files than were named", rename_files(renamed, {"b", "c", "d"}));
 }
 
 }  // namespace
