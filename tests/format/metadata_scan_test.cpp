@@ -125,6 +125,30 @@ TEST(MetadataScanTest, KeysNamedAsAttributesAreKeys) {
   EXPECT_FALSE(scan_metadata(file)->is_ours);
 }
 
+TEST(MetadataScanTest, AttributesOfOthersArePassedOver) {
+  CatalogueBuilder b;
+  const auto one = pickle::Tree::integer(1);
+  const auto notes = b.tree.dict({{b.tree.str("a"), one}});
+  b.more_attributes = {{b.tree.str("none"), pickle::Tree::none()},
+                       {b.tree.str("notes"), notes},
+                       {b.tree.str("list"), b.tree.list({b.tree.str("a"), b.tree.str("b")})},
+                       {b.tree.str("tuple"), b.tree.tuple({b.tree.dict({{b.tree.str("a"), one}}), one, one, one})},
+                       {b.tree.str("pairs"), b.tree.tuple({b.tree.dict({{one, one}, {b.tree.str("b"), one}})})}};
+  EXPECT_TRUE(scans_as_the_tree(b.encode_in_protocol_4()));
+}
+
+// A stream can repeat a size for two bytes, so only short ones may be shared.
+TEST(MetadataScanTest, TensorsOfMoreThanEightDimensionsAreLeftToTheTree) {
+  for (const size_t rank : {0, 3, 4, 8}) {
+    CatalogueBuilder b;
+    b.size = b.dims(std::vector<int64_t>(rank, 1));
+    EXPECT_TRUE(scans_as_the_tree(b.encode_in_protocol_4())) << rank;
+  }
+  CatalogueBuilder b;
+  b.size = b.dims(std::vector<int64_t>(9, 1));
+  EXPECT_FALSE(scan_metadata(b.encode_in_protocol_4()));
+}
+
 TEST(MetadataScanTest, LongIntegersOfOneToEightBytesAreRead) {
   CatalogueBuilder b;
   replace(b.first_index, "index", pickle::Tree::integer(int64_t{1} << 40));

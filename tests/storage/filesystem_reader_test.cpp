@@ -5,6 +5,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <map>
 
 #include "reshard/format/dcp_metadata.h"
 #include "reshard/format/sidecar.h"
@@ -795,6 +796,28 @@ TEST_F(FileSystemReaderTest, ReportsProgressUpToTheTotal) {
   ASSERT_EQ(seen.size(), 2u);  // 12 MB in reads of 8 MiB
   EXPECT_EQ(seen.back().done, 12'000'000u);
   EXPECT_EQ(seen.back().total, 12'000'000u);
+}
+
+TEST_F(FileSystemReaderTest, CountsEachTensorOfOneReadInItsProgress) {
+  const std::vector<StateEntry> entries{replica_entry("a", {1}), replica_entry("b", {2}), replica_entry("c", {3})};
+  save(states<MemorySaveState>({entries}));
+  FileSystemReader reader(directory_.path());
+  const Metadata metadata = reader.read_metadata();
+  MemoryLoadState state(entries);
+  DefaultLoadPlanner planner;
+  reader.set_up_storage_reader(metadata);
+  planner.set_up_planner(state, metadata, true);
+  std::vector<uint64_t> seen;
+  reader.read_data(planner.create_local_plan(), planner,
+                   {.save_id = {}, .progress = [&](const Progress& progress) { seen.push_back(progress.done); }});
+  EXPECT_EQ(reader.counters().reads, 1u);
+  std::map<std::string, uint64_t> bytes{{"a", 4}, {"b", 8}, {"c", 12}};
+  std::vector<std::pair<uint64_t, uint64_t>> by_place;
+  for (const auto& [index, info] : metadata.storage_data) by_place.emplace_back(info.offset, bytes[index.fqn]);
+  std::ranges::sort(by_place);
+  std::vector<uint64_t> wanted;
+  for (uint64_t done = 0; const auto& [offset, length] : by_place) wanted.push_back(done += length);
+  EXPECT_EQ(seen, wanted);
 }
 
 TEST_F(FileSystemReaderTest, CountsValuesInItsProgress) {
