@@ -301,6 +301,19 @@ TEST(DecodeMetadataTest, BrokenPartsAreNamed) {
   refuse(kCorrupt, "not in the catalogue", [](auto& b) {
     b.more_storage = {{b.index("ghost", {{2}}), b.info("other", 0)}};
   });
+  for (const char* wrong : {"None", "int", "str", "dict"}) {
+    refuse(kCorrupt, "metadata: chunks", [&](auto& b) {
+      const Value chunks = wrong == std::string("None")  ? Tree::none()
+                           : wrong == std::string("int") ? Tree::integer(0)
+                           : wrong == std::string("str") ? b.tree.str("chunks")
+                                                         : b.tree.dict({});
+      std::vector<Entry> state;
+      for (const Entry& entry : b.tensor().as_object().state.entries()) state.push_back(entry);
+      replace(state, "chunks", chunks);
+      b.more_entries = {
+          {b.tree.str("x"), b.make(CatalogueBuilder::kModule, "TensorStorageMetadata", b.tree.dict(state))}};
+    });
+  }
   for (const Value& wrong : {Tree::integer(1), Tree::boolean(true)}) {
     refuse(kCorrupt, "digests of the sidecars", [&](auto& b) {
       b.more_attributes = {{b.tree.str("reshard_sidecars"), wrong}};

@@ -164,6 +164,7 @@ TEST(PickleParseTest, NumbersOfEveryWidth) {
   EXPECT_EQ(items[5].as_int(), std::numeric_limits<int64_t>::max());
   EXPECT_EQ(items[6].as_int(), -1);
   EXPECT_TRUE(items[7].is_none());
+  EXPECT_EQ(parse(stream("\x8b\0\0\0\0.")).root().as_int(), 0);
 }
 
 TEST(PickleParseTest, TextAndBytesOfEverySpelling) {

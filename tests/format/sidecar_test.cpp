@@ -75,7 +75,10 @@ TEST(SidecarTest, ContentsAreCheckedBehindARightDigest) {
   const auto refuse = [](const char* text, ByteWriter& body) {
     EXPECT_ERROR(kCorrupt, text, decode_sidecar(sealed(body.take())));
   };
-  ByteWriter out = begin_body(1, 1);
+  ByteWriter out;
+  out.text("RESHARD\x02");
+  refuse("ends too early", out);
+  out = begin_body(1, 1);
   refuse("not below the world size", out);
   out = begin_body(0, 0);
   refuse("not below the world size", out);
