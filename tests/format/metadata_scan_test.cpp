@@ -137,6 +137,14 @@ TEST(MetadataScanTest, AttributesOfOthersArePassedOver) {
   EXPECT_TRUE(scans_as_the_tree(b.encode_in_protocol_4()));
 }
 
+TEST(MetadataScanTest, ProtocolsUpTo5AreRead) {
+  for (const char protocol : {'\2', '\4', '\5'}) {
+    std::vector<std::string> parts = opcodes_of(CatalogueBuilder().encode_in_protocol_4());
+    parts[0][1] = protocol;
+    EXPECT_TRUE(scans_as_the_tree(joined(parts)));
+  }
+}
+
 // A stream can repeat a size for two bytes, so only short ones may be shared.
 TEST(MetadataScanTest, TensorsOfMoreThanEightDimensionsAreLeftToTheTree) {
   for (const size_t rank : {0, 3, 4, 8}) {

@@ -53,6 +53,19 @@ TEST(PickleWriteTest, IntegersAsCPythonWritesThem) {
   for (size_t i = 0; i < items.size(); ++i) EXPECT_EQ(back.root().items()[i].as_int(), items[i].as_int());
 }
 
+TEST(PickleWriteTest, LongIntegersTakeTheFewestBytes) {
+  Tree tree;
+  for (size_t bytes = 5; bytes <= 7; ++bytes) {
+    const int64_t most = (int64_t{1} << (8 * bytes - 1)) - 1;
+    for (const auto& [v, wanted] :
+         {std::pair{most, bytes}, {most + 1, bytes + 1}, {-most - 1, bytes}, {-most - 2, bytes + 1}}) {
+      const Bytes stream_of = write(Tree::integer(v));
+      EXPECT_EQ(stream_of.size(), 2 + 2 + wanted + 1) << v;  // PROTO, LONG1, digits, STOP
+      EXPECT_EQ(parse(stream_of).root().as_int(), v);
+    }
+  }
+}
+
 TEST(PickleWriteTest, ScalarsTextAndTuplesAsCPythonWritesThem) {
   Tree tree;
   const double infinity = std::numeric_limits<double>::infinity();
@@ -231,6 +244,14 @@ TEST(PickleParseTest, NewObjectsAndPersistentIds) {
 
 TEST(PickleParseTest, AMemoIndexIsAtMostThePlaceInTheStream) {
   EXPECT_TRUE(parse(stream("Nr\x06\0\0\0.")).root().is_none());
+}
+
+TEST(PickleParseTest, MemoizeCountsTheEntriesWhoeverMadeThem) {
+  const Tree tree = parse(stream("(K\x05q\0K\x06q\0K\x07\x94h\0h\1t."));  // 0 is put twice
+  const auto items = tree.root().items();
+  ASSERT_EQ(items.size(), 5u);
+  EXPECT_EQ(items[3].as_int(), 6);
+  EXPECT_EQ(items[4].as_int(), 7);
 }
 
 TEST(PickleParseTest, MemoEntriesAreTheSameNode) {

@@ -417,6 +417,20 @@ TEST(DefaultSavePlannerTest, TiedItemsStayWithWhatTheyAreTiedTo) {
   EXPECT_EQ(heads, 1u);
 }
 
+TEST(DefaultSavePlannerTest, EachChunkOfATiedTensorIsTiedToItsOwn) {
+  const std::vector<Box> chunks{{{0}, {2}}, {{2}, {3}}, {{5}, {1}}};
+  std::vector<StateEntry> entries{bytes_entry("value", 1), tensor_entry("embedding", {6}, chunks),
+                                  replica_entry("other", {6}), tensor_entry("head", {6}, chunks)};
+  std::get<TensorEntry>(entries[3].value).tied_to = 1;
+  const SavePlan plan = plan_of(entries);
+  ASSERT_EQ(names_of(plan), (std::vector<std::string>{"value", "embedding [0]", "embedding [2]", "embedding [5]",
+                                                      "other [0]", "head [0]", "head [2]", "head [5]"}));
+  for (size_t i = 0; i < 8; ++i) {
+    EXPECT_EQ(plan.items[i].tied_to, i < 5 ? std::nullopt : std::optional<size_t>(i - 4)) << i;
+  }
+  EXPECT_NO_THROW(globally({plan}));
+}
+
 TEST(DefaultSavePlannerTest, ItemsTiedToOthersThanTheirEqualsAreRefused) {
   for (const auto& [name, tied_to] : {std::pair("itself", size_t{1}), std::pair("beyond", size_t{9}),
                                       std::pair("another size", size_t{0}), std::pair("a value", size_t{2})}) {
