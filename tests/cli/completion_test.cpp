@@ -72,7 +72,8 @@ TEST_F(CompletionTest, HelpListsWhatThereIs) {
 TEST_F(CompletionTest, BashOffersCommandsAndOptions) {
   EXPECT_THAT(completions({"reshard", ""}), testing::IsSupersetOf(commands()));
   EXPECT_THAT(completions({"reshard", "di"}), testing::ElementsAre("diff", "digest"));
-  EXPECT_THAT(completions({"reshard", "convert", "a", "b", "--to", ""}), testing::ElementsAre("dcp", "torch"));
+  EXPECT_THAT(completions({"reshard", "convert", "a", "b", "--to", ""}),
+              testing::ElementsAre("dcp", "safetensors", "torch"));
   EXPECT_THAT(completions({"reshard", "completion", "z"}), testing::ElementsAre("zsh"));
   EXPECT_THAT(completions({"reshard", "diff", "a"}), testing::IsEmpty());  // files, which bash completes itself
   EXPECT_THAT(completions({"reshard", "launch", "-n", "2", "--", "prog", "--d"}), testing::IsEmpty());
