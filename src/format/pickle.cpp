@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <deque>
 #include <limits>
 #include <type_traits>
 #include <unordered_map>
@@ -753,7 +754,7 @@ void check_tree(const Value& root, const Limits& limits) {
     uint64_t expanded = 0;
   };
   std::unordered_map<const void*, Seen> seen;
-  std::vector<Frame> path;
+  std::deque<Frame> path;  // a vector would hold two copies of a deep path while it grows
   const auto fail = [](const char* what) {
     throw Error(ErrorCode::kUnsupported, std::string("pickle: value is ") + what);
   };
