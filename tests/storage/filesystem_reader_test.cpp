@@ -768,6 +768,15 @@ TEST_F(FileSystemReaderTest, StagesWhereADestinationIsMadeOfTinyRuns) {
   EXPECT_EQ(counters.reads, 4u * 3);
 }
 
+TEST_F(FileSystemReaderTest, StagesWhatIsLargerThanTheBufferBlockByBlock) {
+  const Dims size{1200000, 2};  // a stored column has 4.6 MiB, the buffer 4
+  save(sharded<MemorySaveState>("t", size, split(size, 1, 2)));
+  MemoryLoadState state({replica_entry("t", size)});
+  const ReadCounters counters = read_alone(directory_.path(), state, {.verify_checksums = false});
+  EXPECT_EQ(state.first_difference(), "");
+  EXPECT_EQ(counters.bytes_staged, counters.bytes_needed);
+}
+
 TEST_F(FileSystemReaderTest, OpensEachFileOnce) {
   const Dims size{64, 64};
   std::vector<std::vector<StateEntry>> ranks;
