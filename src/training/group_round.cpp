@@ -6,7 +6,6 @@
 #include <string>
 #include <utility>
 
-#include "reshard/core/error.h"
 #include "reshard/distributed/store_transport.h"
 
 namespace reshard {
@@ -25,28 +24,36 @@ RankFailure failure_of(const std::exception_ptr& error) {
 /// A result, or failures by rank.
 Bytes encode(const Bytes& result, const Failures& failures) {
   ByteWriter out;
-  out.varint(failures.size());
-  for (const auto& [rank, failure] : failures) {
-    out.varint(static_cast<uint64_t>(rank));
-    out.u8(static_cast<uint8_t>(failure.code));
-    out.string(failure.message);
-  }
+  put_failures(out, failures);
   if (failures.empty()) out.bytes(result);
   return out.take();
 }
 
 Bytes decode(const Bytes& message, Failures& failures) {
   ByteReader in(message, "message of a rank");
-  for (size_t n = in.count(3); n > 0; --n) {
-    const int rank = static_cast<int>(in.varint());
-    const auto code = static_cast<ErrorCode>(in.u8());
-    failures[rank] = {code, in.string()};
-  }
+  get_failures(in, failures);
   const ByteSpan rest = in.rest();
   return {rest.begin(), rest.end()};
 }
 
 }  // namespace
+
+void put_failures(ByteWriter& out, const std::map<int, RankFailure>& failures) {
+  out.varint(failures.size());
+  for (const auto& [rank, failure] : failures) {
+    out.varint(static_cast<uint64_t>(rank));
+    out.u8(static_cast<uint8_t>(failure.code));
+    out.string(failure.message);
+  }
+}
+
+void get_failures(ByteReader& in, std::map<int, RankFailure>& failures) {
+  for (size_t n = in.count(3); n > 0; --n) {
+    const int rank = static_cast<int>(in.varint());
+    const auto code = static_cast<ErrorCode>(in.u8());
+    failures[rank] = {code, in.string()};
+  }
+}
 
 GroupRounds::GroupRounds(ProcessGroup* group) {
   if (group != nullptr && group->size() > 1) transport_ = std::make_unique<StoreTransport>(*group, group->timeout());

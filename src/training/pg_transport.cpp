@@ -14,6 +14,7 @@
 
 #include "reshard/core/error.h"
 #include "reshard/state_dict/wire.h"
+#include "training/group_round.h"
 #include "training/tensor_bytes.h"
 
 namespace reshard {
@@ -23,24 +24,15 @@ constexpr int64_t kMaxMessageBytes = int64_t{1} << 32;  // without the elements 
 
 using Failures = std::map<int, RankFailure>;
 
-/// Nothing if all is well.
 Bytes encode_failures(const Failures& failures) {
   ByteWriter out;
-  for (const auto& [rank, failure] : failures) {
-    out.varint(static_cast<uint64_t>(rank));
-    out.u8(static_cast<uint8_t>(failure.code));
-    out.string(failure.message);
-  }
+  put_failures(out, failures);
   return out.take();
 }
 
 void decode_failures(const Bytes& message, Failures& failures) {
   ByteReader in(message, "answer of a rank");
-  while (!in.at_end()) {
-    const int rank = static_cast<int>(in.varint());
-    const auto code = static_cast<ErrorCode>(in.u8());
-    failures[rank] = {code, in.string()};
-  }
+  get_failures(in, failures);
 }
 
 /// For each tensor that comes: where it goes, several places if it is tied.

@@ -347,14 +347,10 @@ IncompatibleKeys set(const ModelRef& model, const OptimizersRef* optimizers, con
     if (of_model != nullptr) load.plan_model(*of_model);
     if (of_optimizers != nullptr) load.plan_optimizers(*optimizers, *of_optimizers);
   };
-  if (!options.broadcast_from_rank0) {
-    plan(model_state, optimizer_state);
-    return load.apply(nullptr);
-  }
-  if (!options.full_state_dict) {
+  if (options.broadcast_from_rank0 && !options.full_state_dict) {
     throw Error(ErrorCode::kInvalidArgument, "broadcast_from_rank0 sends whole tensors: set full_state_dict, too");
   }
-  if (!view.group || view.group->size() == 1) {
+  if (!options.broadcast_from_rank0 || !view.group || view.group->size() == 1) {
     plan(model_state, optimizer_state);
     return load.apply(nullptr);
   }
