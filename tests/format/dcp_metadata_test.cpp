@@ -8,6 +8,7 @@
 #include <set>
 
 #include "format/catalogue_builder.h"
+#include "format/metadata_scan.h"
 #include "reshard/format/pickle.h"
 #include "support/expect_error.h"
 #include "support/oracle.h"
@@ -406,7 +407,9 @@ TEST(DecodeMetadataTest, LongNamesOfManyChunksAreNoAttack) {
     m.storage_data.insert({name, Dims{i}, i}, {"__0_0.distcp", static_cast<uint64_t>(1577 * i), 1577, {}});
   }
   m.state_dict_metadata.insert(name, tensor);
-  EXPECT_EQ(decode_metadata(encode_metadata(m)), m);
+  const Bytes file = encode_metadata(m);
+  EXPECT_EQ(decode_metadata(file), m);
+  EXPECT_EQ(decode_metadata_tree(file).metadata, m);
 }
 
 TEST(DecodeMetadataTest, CyclesEndTheReading) {

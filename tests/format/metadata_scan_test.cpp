@@ -220,6 +220,42 @@ TEST(MetadataScanTest, TheStreamIsOneCatalogueAndNothingElse) {
   EXPECT_FALSE(scan_metadata(as_bytes("K\x01.")));
 }
 
+TEST(MetadataScanTest, NamesOfGlobalsAreText) {
+  const std::vector<std::string> parts = opcodes_of(CatalogueBuilder().encode_in_protocol_4());
+  size_t globals = 0;
+  for (size_t i = 2; i < parts.size(); ++i) {
+    if (parts[i] != "\x93") continue;
+    ++globals;
+    for (const size_t back : {1, 2}) {
+      std::vector<std::string> changed = parts;
+      ASSERT_EQ(changed[i - back][0], 'X');
+      changed[i - back][0] = 'B';  // the same as bytes
+      EXPECT_FALSE(scan_metadata(joined(changed))) << parts[i - back];
+    }
+  }
+  EXPECT_GT(globals, 5U);
+}
+
+TEST(MetadataScanTest, NothingIsAddedAcrossAMark) {
+  // An attribute that nobody asks for: ([], ((chunk,),)). Its chunk stands above two marks and is not of the list; so it is still there when the
+  // next one comes, and the scanner holds one at a time.
+  CatalogueBuilder b;
+  const auto chunk = [&] {
+    return b.make(CatalogueBuilder::kModule, "ChunkStorageMetadata", b.tree.dict(b.first_chunk));
+  };
+  b.more_attributes = {{b.tree.str("extra"), chunk()}, {b.tree.str("more"), chunk()}};
+  std::vector<std::string> parts = opcodes_of(b.encode_in_protocol_4());
+  const auto is_key = [](const std::string& part) { return part[0] == 'X' && part.ends_with("extra"); };
+  const auto key = std::ranges::find_if(parts, is_key);
+  ASSERT_NE(key, parts.end());
+  const auto begin = parts.insert(key + (key[1] == "\x94" ? 2 : 1), {"]", "(", "("});
+  const auto end = std::find(begin, parts.end(), "b");
+  ASSERT_NE(end, parts.end());
+  parts.insert(end + 1, {"t", "t", "\x86"});
+  EXPECT_FALSE(scan_metadata(joined(parts)));
+  EXPECT_EQ(decode_metadata_tree(joined(parts)).metadata, CatalogueBuilder().decode());
+}
+
 TEST(MetadataScanTest, OnlyListsAreAppendedTo) {
   // What is added to the dict is where it belongs before the opcode that adds it comes.
   std::vector<std::string> parts = opcodes_of(CatalogueBuilder().encode_in_protocol_4());
