@@ -248,6 +248,13 @@ FsdpEngine::FsdpEngine(std::shared_ptr<torch::nn::Module> module, const std::sha
   }
   if (!options_.process_group) options_.process_group = default_process_group();
   group().rank();  // throws for a rank that is not a member
+  const MixedPrecision& mixed = options_.mixed_precision;
+  for (const auto& dtype : {mixed.param_dtype, mixed.reduce_dtype, mixed.output_dtype}) {
+    if (dtype && !at::isFloatingType(*dtype)) {
+      throw Error(ErrorCode::kInvalidArgument, "mixed precision is for real floating-point dtypes",
+                  {.found = c10::toString(*dtype)});
+    }
+  }
   Discovered found = discover(*module_);
   for (size_t i = 0; i < found.handles.size(); ++i)
     refuse_parameter(found.handles[i], found.parameters[i].names.front(), recording.get());
@@ -264,6 +271,8 @@ FsdpEngine::~FsdpEngine() = default;
 void FsdpEngine::require_same_on_all_ranks(const Discovered& found) const {
   // Without this, collectives of different sizes meet, and the backend aborts the process.
   std::string text = std::to_string(static_cast<int>(options_.layout));
+  for (const auto& dtype : {options_.mixed_precision.param_dtype, options_.mixed_precision.reduce_dtype})
+    text += " " + std::to_string(dtype ? static_cast<int>(*dtype) : -1);
   for (size_t i = 0; i < found.handles.size(); ++i) {
     const ShardedParameter& parameter = found.parameters[i];
     for (const std::string& name : parameter.names) text += "\n" + name;
@@ -280,7 +289,8 @@ void FsdpEngine::require_same_on_all_ranks(const Discovered& found) const {
   if (extremes[0].item<int64_t>() == ~extremes[1].item<int64_t>()) return;
   throw Error(
       ErrorCode::kInvalidArgument,
-      "the ranks of the group wrap different models: names, shapes, dtypes, what is frozen, units or layout differ",
+      "the ranks of the group wrap different models: names, shapes, dtypes, what is frozen, units, layout or mixed "
+      "precision differ",
       {.rank = group().rank(), .found = std::to_string(found.handles.size()) + " parameters here"});
 }
 
@@ -324,6 +334,11 @@ void FsdpEngine::build_units(Discovered found, const std::shared_ptr<Recording>&
                                                options_, stats_, values));
     attach(flats_.back()->flat);
     unit_bytes[unit_of_group[g]] += flats_.back()->flat.bytes();
+    const auto before =
+        std::count(unit_of_group.begin(), unit_of_group.begin() + static_cast<ptrdiff_t>(g), unit_of_group[g]);
+    flat_parameters_.emplace_back(
+        join(unit_names_[unit_of_group[g]], before == 0 ? "_flat_param" : "_flat_param_" + std::to_string(before)),
+        &flats_.back()->flat);
   }
   for (const uint64_t bytes : unit_bytes) {
     stats_.largest_unit_bytes = std::max(stats_.largest_unit_bytes, bytes);
@@ -560,12 +575,9 @@ void FsdpEngine::begin_summon() {
   if (summon_depth_ == 0) {
     summon_writeback_ = false;
     try {
-      for (const auto& watched : flats_) {
-        if (watched->flat.is_stale()) watched->flat.reshard();
-        if (!watched->flat.is_unsharded()) watched->flat.unshard();
-      }
+      for (const auto& watched : flats_) watched->flat.summon();
     } catch (...) {
-      reshard();
+      for (const auto& watched : flats_) watched->flat.end_summon(/*written_back=*/false);
       throw;
     }
   }
@@ -576,30 +588,18 @@ void FsdpEngine::end_summon(bool writeback) {
   std::lock_guard lock(mutex_);
   summon_writeback_ = summon_writeback_ || writeback;
   if (--summon_depth_ > 0) return;
-  for (const auto& watched : flats_) {
-    if (summon_writeback_) watched->flat.write_back();
-    watched->flat.reshard(summon_writeback_);
-  }
+  for (const auto& watched : flats_) watched->flat.end_summon(summon_writeback_);
 }
 
 std::vector<at::Tensor> FsdpEngine::full_parameters() {
   std::lock_guard lock(mutex_);
   require_idle("a full state dict");
-  const at::NoGradGuard no_grad;
   std::vector<at::Tensor> result(parameters_.size());
-  ++forward_depth_;  // arms the handles
-  try {
-    for (const auto& watched : flats_) {
-      gather(watched->flat);
-      for (const FlatParameter::Member& member : watched->flat.members())
-        result[member.index] = member.handle.detach().clone();
-      release(watched->flat);
-    }
-  } catch (...) {
-    --forward_depth_;
-    throw;
+  for (const auto& watched : flats_) release(watched->flat);
+  for (const auto& watched : flats_) {
+    std::vector<at::Tensor> values = watched->flat.full_parameters();
+    for (size_t i = 0; i < values.size(); ++i) result[watched->flat.members()[i].index] = std::move(values[i]);
   }
-  --forward_depth_;
   return result;
 }
 

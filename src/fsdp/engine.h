@@ -41,6 +41,9 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
   const std::vector<Entry>& entries() const { return entries_; }
   const torch::nn::Module& module() const { return *module_; }
   const FsdpMemoryStats& stats() const { return stats_; }
+  const FsdpOptions& options() const { return options_; }
+  /// The flat parameters under their names in a local state dict.
+  const std::vector<std::pair<std::string, FlatParameter*>>& flat_parameters() const { return flat_parameters_; }
   ProcessGroup& group() const { return *options_.process_group; }
   const std::shared_ptr<ProcessGroup>& shared_group() const { return options_.process_group; }
   std::vector<std::string> unit_names() const { return unit_names_; }
@@ -92,6 +95,7 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
   std::vector<Entry> entries_;
   std::vector<std::string> unit_names_;
   std::vector<std::unique_ptr<Watched>> flats_;
+  std::vector<std::pair<std::string, FlatParameter*>> flat_parameters_;
   mutable std::recursive_mutex mutex_;  // the autograd engine's device threads and the caller's thread
   const std::string* last_unit_ = nullptr;
   int forward_depth_ = 0;

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/TensorImpl.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cstring>
@@ -66,7 +67,7 @@ FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std:
   const at::NoGradGuard no_grad;
   const int64_t ranks = group_->size();
   const int64_t rank = group_->rank();
-  int64_t numel = 0;
+  int64_t& numel = flat_shape_[0];
   for (Member& member : members_) {
     const ShardedParameter& p = parameter(member);
     member.full_offset = numel;
@@ -90,28 +91,35 @@ FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std:
     }
   }
 
-  const auto tensor_options = at::TensorOptions().dtype(members_.front().handle.dtype()).device(options.device);
-  full_ = at::empty({layout_ == ShardLayout::kFlat ? shard_numel_ * ranks : numel}, tensor_options);
-  full_bytes_ = byte_view(full_);
-  unsharded_ = true;
-  stats_.unsharded_bytes += bytes();
-  stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);
-  full_.narrow(0, numel, full_.numel() - numel).zero_();
+  const at::ScalarType own = members_.front().handle.scalar_type();
+  const MixedPrecision& mixed = options.mixed_precision;
+  const at::ScalarType computed = at::isFloatingType(own) ? mixed.param_dtype.value_or(own) : own;
+  reduce_dtype_ = at::isFloatingType(own) ? mixed.reduce_dtype.value_or(computed) : own;
+  const auto tensor_options = at::TensorOptions().dtype(own).device(options.device);
+  at::Tensor whole = at::empty({layout_ == ShardLayout::kFlat ? shard_numel_ * ranks : numel}, tensor_options);
+  const uint64_t whole_bytes = whole.nbytes();
+  count_unsharded(whole_bytes);
+  whole.narrow(0, numel, whole.numel() - numel).zero_();
   {
     std::vector<at::Tensor> handles;
     for (const Member& member : members_) handles.push_back(member.handle);
     const std::vector<at::Tensor> given = values(handles);
     for (size_t i = 0; i < members_.size(); ++i) {
-      full_.narrow(0, members_[i].full_offset, given[i].numel()).view(given[i].sizes()).copy_(given[i]);
+      whole.narrow(0, members_[i].full_offset, given[i].numel()).view(given[i].sizes()).copy_(given[i]);
     }
   }
-  if (options.sync_module_states && full_.numel() > 0) group_->broadcast(full_bytes_, 0);
+  at::Tensor whole_as_bytes = byte_view(whole);
+  if (options.sync_module_states && whole.numel() > 0) group_->broadcast(whole_as_bytes, 0);
 
   shard_ = at::zeros({shard_numel_}, tensor_options);
-  shard_bytes_ = byte_view(shard_);
-  write_back();
+  write_back(whole);
   // Rows that start apart would stay apart. This is where they get what sync_module_states has sent over the first one, too.
-  if (replicas_ != nullptr && shard_numel_ > 0) replicas_->broadcast(shard_bytes_, 0);
+  at::Tensor shard_as_bytes = byte_view(shard_);
+  if (replicas_ != nullptr && shard_numel_ > 0) replicas_->broadcast(shard_as_bytes, 0);
+  full_ = computed == own ? std::move(whole) : at::empty({whole.numel()}, tensor_options.dtype(computed));
+  full_bytes_ = byte_view(full_);
+  stats_.unsharded_bytes -= whole_bytes;
+  free_whole();
   refused_ = at::Tensor(keyed_tensor(c10::Storage(c10::Storage::use_byte_size_t(), bytes(),
                                                   at::DataPtr(nullptr, full_.device()), nullptr, /*resizable=*/false),
                                      full_, 0, Dims{full_.numel()}));
@@ -123,21 +131,26 @@ FlatParameter::FlatParameter(std::string unit, std::vector<Member> members, std:
     const int64_t place = n > 0 ? member.shard_offset : shard_numel_ + (&member - members_.data());
     p.slice = at::Tensor(keyed_tensor(shard_.storage(), shard_, place, Dims{n}));
     p.slice.set_requires_grad(requires_grad_);
-    point_handle(member);
     member.refused_grad = at::Tensor(keyed_tensor(refused_.storage(), full_, member.full_offset, p.shape));
   }
-  reshard(/*writes_kept=*/true);
+  point_handles(full_);
 }
 
 FlatParameter::~FlatParameter() {
-  if (unsharded_) reshard(true);
+  reshard(true);
   drop_gradient();
 }
 
-void FlatParameter::point_handle(Member& member) {
-  member.handle.mutable_grad().reset();
-  member.handle.unsafeGetTensorImpl()->shallow_copy_from(
-      keyed_tensor(full_.storage(), full_, member.full_offset, parameter(member).shape));
+void FlatParameter::point_handles(const at::Tensor& whole) {
+  for (Member& member : members_) {
+    member.handle.mutable_grad().reset();
+    const bool other_dtype = member.handle.scalar_type() != whole.scalar_type();
+    member.handle.unsafeGetTensorImpl()->shallow_copy_from(
+        keyed_tensor(whole.storage(), whole, member.full_offset, parameter(member).shape));
+    // It may be left from a pass before, and would cast gradients to the dtype of then.
+    if (other_dtype && requires_grad_)
+      torch::autograd::impl::get_autograd_meta(member.handle)->grad_accumulator_.reset();
+  }
 }
 
 bool FlatParameter::owns(const Member& member) const {
@@ -163,6 +176,11 @@ void FlatParameter::note_writes() {
   for (Member& member : members_) ++member.writes;
 }
 
+void FlatParameter::count_unsharded(uint64_t bytes) {
+  stats_.unsharded_bytes += bytes;
+  stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);
+}
+
 void FlatParameter::allocate_whole() {
   c10::StorageImpl* storage = full_.storage().unsafeGetStorageImpl();
   const c10::DeviceGuard device(full_.device());  // allocators work on the current one
@@ -170,8 +188,7 @@ void FlatParameter::allocate_whole() {
   storage->clear_data_ptr_access_error_msg_();
   storage->set_data_ptr_noswap(std::move(memory));
   unsharded_ = true;
-  stats_.unsharded_bytes += bytes();
-  stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);
+  count_unsharded(bytes());
 }
 
 void FlatParameter::free_whole() {
@@ -180,8 +197,8 @@ void FlatParameter::free_whole() {
   storage->set_data_ptr_noswap(at::DataPtr(nullptr, full_.device()));
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_("parameters of unit '" + unit_ +
                                                                 "' were read while sharded");
+  if (unsharded_) stats_.unsharded_bytes -= bytes();
   unsharded_ = false;
-  stats_.unsharded_bytes -= bytes();
 }
 
 void FlatParameter::copy_chunks(const at::Tensor& chunks, const at::Tensor& whole, bool to_whole) const {
@@ -199,29 +216,33 @@ void FlatParameter::copy_chunks(const at::Tensor& chunks, const at::Tensor& whol
   }
 }
 
+void FlatParameter::gather_into(at::Tensor& whole) {
+  if (whole.numel() == 0) return;
+  at::Tensor sent = byte_view(shard_.to(whole.scalar_type()));
+  if (layout_ == ShardLayout::kFlat) {
+    at::Tensor whole_as_bytes = byte_view(whole);
+    group_->all_gather_into(whole_as_bytes, sent);
+    return;
+  }
+  at::Tensor chunks = at::empty({shard_numel_ * group_->size()}, whole.options());
+  const uint64_t extra = chunks.nbytes();
+  count_unsharded(extra);
+  at::Tensor chunks_as_bytes = byte_view(chunks);
+  try {
+    group_->all_gather_into(chunks_as_bytes, sent);
+  } catch (...) {
+    stats_.unsharded_bytes -= extra;
+    throw;
+  }
+  copy_chunks(chunks, whole, /*to_whole=*/true);
+  stats_.unsharded_bytes -= extra;
+}
+
 void FlatParameter::unshard() {
   const at::NoGradGuard no_grad;
   allocate_whole();
   try {
-    if (full_.numel() == 0) {
-      // Nothing to send.
-    } else if (layout_ == ShardLayout::kFlat) {
-      group_->all_gather_into(full_bytes_, shard_bytes_);
-    } else {
-      at::Tensor chunks = at::empty({shard_numel_ * group_->size()}, full_.options());
-      const uint64_t extra = chunks.nbytes();
-      stats_.unsharded_bytes += extra;
-      stats_.peak_unsharded_bytes = std::max(stats_.peak_unsharded_bytes, stats_.unsharded_bytes);
-      at::Tensor bytes_of_chunks = byte_view(chunks);
-      try {
-        group_->all_gather_into(bytes_of_chunks, shard_bytes_);
-      } catch (...) {
-        stats_.unsharded_bytes -= extra;
-        throw;
-      }
-      copy_chunks(chunks, full_, /*to_whole=*/true);
-      stats_.unsharded_bytes -= extra;
-    }
+    gather_into(full_);
   } catch (...) {
     free_whole();
     throw;
@@ -231,25 +252,78 @@ void FlatParameter::unshard() {
   for (Member& member : members_) member.handle_version = member.handle._version();
 }
 
-void FlatParameter::reshard(bool writes_kept) {
-  if (!unsharded_) return;
+void FlatParameter::warn_of_lost_writes() {
   for (const Member& member : members_) {
-    if (writes_kept || warned_ || member.handle._version() == member.handle_version) continue;
+    if (warned_ || member.handle._version() == member.handle_version) continue;
     warned_ = true;
     log(LogLevel::kWarning,
         "parameter '" + parameter(member).names.front() +
             "' was written to while it was gathered; the write is lost. Write through SummonFullParams with writeback");
   }
+}
+
+void FlatParameter::reshard(bool writes_kept) {
+  if (!unsharded_) return;
+  if (!writes_kept) warn_of_lost_writes();
   if (poison_freed_) full_bytes_.fill_(0xFF);
   free_whole();
 }
 
-void FlatParameter::write_back() {
+void FlatParameter::summon() {
+  if (is_stale() || is_mixed()) reshard();
+  if (!is_mixed()) {
+    if (!unsharded_) unshard();
+    return;
+  }
+  const at::NoGradGuard no_grad;
+  at::Tensor whole = at::empty(full_.sizes(), shard_.options());
+  gather_into(whole);
+  ++stats_.gathers;
+  count_unsharded(whole.nbytes());
+  summoned_ = std::move(whole);
+  point_handles(summoned_);
+  for (Member& member : members_) member.handle_version = member.handle._version();
+}
+
+void FlatParameter::end_summon(bool written_back) {
+  if (!is_mixed()) {
+    if (written_back) write_back(full_);
+    reshard(written_back);
+    return;
+  }
+  if (!summoned_.defined()) return;
+  written_back ? write_back(summoned_) : warn_of_lost_writes();
+  point_handles(full_);
+  stats_.unsharded_bytes -= summoned_.nbytes();
+  summoned_ = at::Tensor();
+}
+
+std::vector<at::Tensor> FlatParameter::full_parameters() {
+  const at::NoGradGuard no_grad;
+  at::Tensor whole = at::empty(full_.sizes(), shard_.options());
+  const uint64_t extra = whole.nbytes();
+  gather_into(whole);
+  ++stats_.gathers;
+  count_unsharded(extra);
+  stats_.unsharded_bytes -= extra;
+  std::vector<at::Tensor> result;
+  for (const Member& member : members_) {
+    const Dims& shape = parameter(member).shape;
+    result.push_back(whole.narrow(0, member.full_offset, volume(shape)).view({shape.data(), shape.size()}).clone());
+  }
+  return result;
+}
+
+at::Tensor FlatParameter::shard() const {
+  return shard_.narrow(0, 0, shard_end() - shard_begin()).detach().requires_grad_(requires_grad_);
+}
+
+void FlatParameter::write_back(const at::Tensor& whole) {
   const at::NoGradGuard no_grad;
   for (const Member& member : members_) {
     const ShardedParameter& p = parameter(member);
     const int64_t n = p.end - p.begin;
-    shard_.narrow(0, member.shard_offset, n).copy_(full_.narrow(0, member.full_offset + p.begin, n));
+    shard_.narrow(0, member.shard_offset, n).copy_(whole.narrow(0, member.full_offset + p.begin, n));
   }
   note_writes();
 }
@@ -257,7 +331,7 @@ void FlatParameter::write_back() {
 void FlatParameter::add_gradient(Member& member, const at::Tensor& gradient) {
   const at::NoGradGuard no_grad;
   if (!flat_grad_.defined()) {
-    flat_grad_ = at::zeros({full_.numel()}, full_.options());
+    flat_grad_ = at::zeros({full_.numel()}, full_.options().dtype(reduce_dtype_));
     stats_.gradient_bytes += flat_grad_.nbytes();
     stats_.peak_gradient_bytes = std::max(stats_.peak_gradient_bytes, stats_.gradient_bytes);
   }
@@ -270,11 +344,11 @@ void FlatParameter::add_gradient(Member& member, const at::Tensor& gradient) {
 
 void FlatParameter::reduce_gradient() {
   const at::NoGradGuard no_grad;
-  at::Tensor reduced = at::empty({shard_numel_}, full_.options());
+  at::Tensor reduced = at::empty({shard_numel_}, flat_grad_.options());
   if (full_.numel() > 0) {
     at::Tensor input = flat_grad_;
     if (layout_ == ShardLayout::kDim0Chunks) {
-      input = at::zeros({shard_numel_ * group_->size()}, full_.options());
+      input = at::zeros({shard_numel_ * group_->size()}, flat_grad_.options());
       copy_chunks(input, flat_grad_, /*to_whole=*/false);
     }
     at::Tensor output = reduced;
@@ -282,12 +356,21 @@ void FlatParameter::reduce_gradient() {
       input = at::view_as_real(input).view(-1);
       output = at::view_as_real(output).view(-1);
     }
-    group_->reduce_scatter_into(output, input, /*average=*/true);
+    // The sum of what many ranks hold may be too large for half precision where their mean is not: divided by about the
+    // root of their number before and after, neither the parts get too small nor the sum too large.
+    int64_t before = 1;
+    if (input.scalar_type() == at::kHalf) {
+      while (before * before < group_->size()) before *= 2;
+      input.div_(before);
+    }
+    group_->reduce_scatter_into(output, input, /*average=*/before == 1);
+    if (before > 1) output.mul_(static_cast<double>(before) / group_->size());
     if (replicas_ != nullptr) {
       output.div_(replicas_->size());  // before the sum, which might overflow
       replicas_->all_reduce_sum(output);
     }
   }
+  reduced = reduced.to(shard_.scalar_type());
   ++stats_.reductions;
   for (Member& member : members_) {
     if (!member.has_grad)

@@ -2,10 +2,11 @@
 #pragma once
 // FlatParameter: parameters of one unit that share dtype and requires_grad, flattened, concatenated and padded to a
 // multiple of the group size. This rank keeps one shard; the whole lies in one permanent storage that is filled by an
-// all-gather and freed again.
+// all-gather and freed again. With mixed precision the whole has the dtype of the computation, the shard its own.
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -70,8 +71,18 @@ class FlatParameter {
   void unshard();
   /// Frees the whole. Warns once for each parameter that was written to, unless `writes_kept`.
   void reshard(bool writes_kept = false);
-  /// Copies this rank's part of the whole into the shard.
-  void write_back();
+  /// Gathers in the shard's dtype, for the handles (a collective).
+  void summon();
+  /// Ends it; `written_back`: this rank's part of what the handles hold goes into its shard.
+  void end_summon(bool written_back);
+  /// A copy of each parameter, whole, in the shard's dtype (a collective).
+  std::vector<at::Tensor> full_parameters();
+  /// This rank's elements [shard_begin(), shard_end()) of the flattened parameters, which have flat_shape(), 1-D and without
+  /// the padding. Only with kFlat is the unit cut so.
+  at::Tensor shard() const;
+  const Dims& flat_shape() const { return flat_shape_; }
+  int64_t shard_begin() const { return std::min(group_->rank() * shard_numel_, flat_shape_[0]); }
+  int64_t shard_end() const { return std::min((group_->rank() + 1) * shard_numel_, flat_shape_[0]); }
   /// True while the handle still is what this class made of it. (Module::to and set_data replace it.)
   bool owns(const Member& member) const;
 
@@ -100,8 +111,13 @@ class FlatParameter {
 
  private:
   ShardedParameter& parameter(const Member& member) const { return (*parameters_)[member.index]; }
-  void point_handle(Member& member);
+  bool is_mixed() const { return full_.scalar_type() != shard_.scalar_type(); }
+  void point_handles(const at::Tensor& whole);
   void copy_chunks(const at::Tensor& chunks, const at::Tensor& whole, bool to_whole) const;
+  void gather_into(at::Tensor& whole);
+  void write_back(const at::Tensor& whole);
+  void warn_of_lost_writes();
+  void count_unsharded(uint64_t bytes);
   void allocate_whole();
   void free_whole();
 
@@ -114,15 +130,18 @@ class FlatParameter {
   bool poison_freed_;
   bool requires_grad_;
   FsdpMemoryStats& stats_;
+  Dims flat_shape_{0};
   int64_t shard_numel_ = 0;
   bool unsharded_ = false;
   bool warned_ = false;
   int64_t writes_ = 0;
   int64_t gathered_writes_ = -1;
   size_t arrived_ = 0;
+  at::ScalarType reduce_dtype_;
   at::Tensor full_;  // over the permanent storage
   at::Tensor shard_;
-  at::Tensor full_bytes_, shard_bytes_;
+  at::Tensor full_bytes_;
+  at::Tensor summoned_;  // in place of full_ where that has another dtype than the shard
   at::Tensor flat_grad_;
   at::Tensor refused_;  // a storage without memory, for Member::refused_grad
 };

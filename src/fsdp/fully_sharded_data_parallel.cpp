@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
 
+#include <ATen/ATen.h>
+
 #include "fsdp/engine.h"
 
 namespace reshard {
@@ -49,6 +51,19 @@ const ProcessGroup& ShardedModule::process_group() const { return engine_->group
 std::vector<std::string> ShardedModule::unit_names() const { return engine_->unit_names(); }
 
 const torch::nn::Module& ShardedModule::root() const { return engine_->module(); }
+
+bool ShardedModule::needs_cast(const at::Tensor& argument) const {
+  const MixedPrecision& mixed = engine_->options().mixed_precision;
+  return mixed.param_dtype && mixed.cast_forward_inputs && argument.defined() && argument.is_floating_point() &&
+         argument.scalar_type() != *mixed.param_dtype;
+}
+at::Tensor ShardedModule::cast(const at::Tensor& argument) const {
+  return argument.to(*engine_->options().mixed_precision.param_dtype);
+}
+at::Tensor ShardedModule::cast_output(at::Tensor result) const {
+  const auto dtype = engine_->options().mixed_precision.output_dtype;
+  return dtype && result.defined() && result.is_floating_point() ? result.to(*dtype) : result;
+}
 
 NoSync::NoSync(std::shared_ptr<FsdpEngine> engine) : engine_(std::move(engine)) { engine_->begin_no_sync(); }
 NoSync::~NoSync() { engine_->end_no_sync(); }

@@ -35,6 +35,16 @@ void check_equal(const Dims& found_shape, at::ScalarType found_dtype, const Shar
   }
 }
 
+void require_flat(const FsdpOptions& options) {
+  if (options.layout == ShardLayout::kFlat) return;
+  throw Error(ErrorCode::kUnsupported, "a local state dict is one of flattened units",
+              {.wanted = "ShardLayout::kFlat", .found = "ShardLayout::kDim0Chunks"});
+}
+
+ShardRange flat_range(const FlatParameter& flat) {
+  return {flat.flat_shape(), flat.shard_begin(), flat.shard_end(), flat.shard()};
+}
+
 }  // namespace
 
 ShardedTensor as_sharded_tensor(const at::Tensor& local, const Dims& shape, int64_t begin, int64_t end) {
@@ -116,12 +126,19 @@ StateDict ShardedModule::state_dict(StateDictType type) const {
   StateDict result;
   std::vector<at::Tensor> full;
   if (type == StateDictType::kFull) full = engine_->full_parameters();
+  if (type == StateDictType::kLocal) {
+    require_flat(engine_->options());
+    for (const auto& [name, flat] : engine_->flat_parameters()) {
+      const ShardRange range = flat_range(*flat);
+      result[name] = as_sharded_tensor(range.local, range.shape, range.begin, range.end);
+    }
+  }
   for (const FsdpEngine::Entry& entry : engine_->entries()) {
     if (!entry.parameter) {
       result[entry.name] = entry.buffer;
     } else if (type == StateDictType::kFull) {
       result[entry.name] = full[*entry.parameter];
-    } else {
+    } else if (type == StateDictType::kSharded) {
       const ShardedParameter& p = engine_->parameters()[*entry.parameter];
       result[entry.name] = as_sharded_tensor(p.slice, p.shape, p.begin, p.end);
     }
@@ -133,6 +150,8 @@ void ShardedModule::load_state_dict(const StateDict& state) {
   const auto& parameters = engine_->parameters();
   std::unordered_map<std::string, const FsdpEngine::Entry*> entries;
   for (const FsdpEngine::Entry& entry : engine_->entries()) entries[entry.name] = &entry;
+  std::unordered_map<std::string, const FlatParameter*> flats;
+  for (const auto& [name, flat] : engine_->flat_parameters()) flats[name] = flat;
   const int rank = engine_->group().rank();
   const auto range_of = [&](size_t i) {
     return ShardRange{parameters[i].shape, parameters[i].begin, parameters[i].end, parameters[i].slice};
@@ -142,6 +161,12 @@ void ShardedModule::load_state_dict(const StateDict& state) {
   with_error_context({.rank = rank}, [&] {
     for (const auto& [key, value] : state.items()) {
       const auto it = entries.find(key);
+      if (const auto flat = flats.find(key); it == entries.end() && flat != flats.end()) {
+        require_flat(engine_->options());
+        check_fills(value, flat_range(*flat->second), key);
+        for (const FlatParameter::Member& member : flat->second->members()) found.insert(member.index);
+        continue;
+      }
       if (it == entries.end())
         throw Error(ErrorCode::kInvalidArgument, "the model has no parameter or buffer of this name", {.key = key});
       if (const auto i = it->second->parameter) {
@@ -161,11 +186,13 @@ void ShardedModule::load_state_dict(const StateDict& state) {
 
   const at::NoGradGuard no_grad;
   for (const auto& [key, value] : state.items()) {
-    const FsdpEngine::Entry& entry = *entries.at(key);
-    if (entry.parameter) {
-      fill(value, range_of(*entry.parameter));
+    const auto it = entries.find(key);
+    if (it == entries.end()) {
+      fill(value, flat_range(*flats.at(key)));
+    } else if (it->second->parameter) {
+      fill(value, range_of(*it->second->parameter));
     } else {
-      fill_tensor(value, entry.buffer);
+      fill_tensor(value, it->second->buffer);
     }
   }
   engine_->note_load();

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """PyTorch's own FSDP trains the model of test_model.h from the same checkpoint on the same batches.
 
-  pytorch_fsdp.py DIR RANKS    DIR/start: model, tokens [steps, batch, length]; DIR/end: model and losses as reshard left them
+  pytorch_fsdp.py DIR RANKS LIMIT [DTYPE]    DIR/start: model, tokens [steps, batch, length]; DIR/end: model and losses as reshard left them
 
-Prints the largest differences and fails if one is above 1e-9. The model is the twin of LanguageModelImpl, name for name.
+Prints the largest differences and fails if one is above LIMIT. The model is the twin of LanguageModelImpl, name for name. With a DTYPE the passes
+compute in it (MixedPrecision: param_dtype), and gradients are reduced in float64.
 """
 import os
 import socket
@@ -18,6 +19,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 VOCABULARY, WIDTH, LENGTH = 13, 6, 5
@@ -59,7 +61,8 @@ class LanguageModel(torch.nn.Module):
         self.block2.up.bias.requires_grad_(False)
 
     def forward(self, tokens):
-        x = (self.embedding(tokens) + self.positions).transpose(0, 1)
+        x = self.embedding(tokens)
+        x = (x + self.positions.to(x.dtype)).transpose(0, 1)
         extra = 0.0
         for block in (self.block0, self.block1, self.block0, self.block2):
             x, penalty = block(x)
@@ -77,7 +80,7 @@ def read(directory):
     return state, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
 
 
-def train(rank, directory, ranks, port):
+def train(rank, directory, ranks, limit, dtype, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -85,7 +88,9 @@ def train(rank, directory, ranks, port):
     start, weights = read(f"{directory}/start")
     model = LanguageModel()
     model.load_state_dict(weights)
-    sharded = FSDP(model, device_id=torch.device("cpu"), auto_wrap_policy=ModuleWrapPolicy([Block]), use_orig_params=True)
+    mixed = dtype and MixedPrecision(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float64)
+    wrap = ModuleWrapPolicy([Block])
+    sharded = FSDP(model, device_id=torch.device("cpu"), auto_wrap_policy=wrap, use_orig_params=True, mixed_precision=mixed)
     optimizer = torch.optim.AdamW(sharded.parameters(), lr=3e-3, eps=1e-8, weight_decay=0.01)
     losses = []
     for tokens in start["tokens"]:
@@ -93,7 +98,7 @@ def train(rank, directory, ranks, port):
         loss = sharded(tokens.chunk(ranks)[rank])
         loss.backward()
         optimizer.step()
-        mean = loss.detach() / ranks
+        mean = loss.detach().double() / ranks
         dist.all_reduce(mean)
         losses.append(mean)
     with FSDP.summon_full_params(sharded):
@@ -105,9 +110,9 @@ def train(rank, directory, ranks, port):
         moved = max((mine[k] - weights[k]).abs().max().item() for k in mine)
         parameters = max((mine[k] - theirs[k]).abs().max().item() for k in mine)
         loss = (torch.stack(losses) - end["losses"]).abs().max().item()
-        print(f"AdamW, {ranks} ranks, {len(losses)} steps, float64: largest difference from PyTorch's FSDP: "
+        print(f"AdamW, {ranks} ranks, {len(losses)} steps, float64{f' in {dtype}' if dtype else ''}: largest difference from PyTorch's FSDP: "
               f"parameters {parameters:.1e}, loss {loss:.1e}", flush=True)
-        if missing or moved < 1e-2 or not (parameters < 1e-9 and loss < 1e-9):
+        if missing or moved < 1e-2 or not (parameters < limit and loss < limit):
             sys.exit(f"missing: {missing}; moved by {moved}")
     dist.barrier()
     dist.destroy_process_group()
@@ -120,4 +125,5 @@ if __name__ == "__main__":
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         free_port = s.getsockname()[1]
-    mp.spawn(train, args=(sys.argv[1], int(sys.argv[2]), free_port), nprocs=int(sys.argv[2]))
+    directory, ranks, limit, *dtype = sys.argv[1:]
+    mp.spawn(train, args=(directory, int(ranks), float(limit), dtype[0] if dtype else None, free_port), nprocs=int(ranks))

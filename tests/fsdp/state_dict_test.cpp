@@ -73,6 +73,72 @@ RESHARD_DISTRIBUTED_TEST(StateDictTest, MovesBetweenLayoutsAndNumbersOfRanks, .r
   world->barrier();
 }
 
+RESHARD_DISTRIBUTED_TEST(StateDictTest, LocalIsOneTensorAFlatParameterOnAnyNumberOfRanks, .ranks = 3) {
+  const auto world = process_group();
+  const auto pair = new_group({0, 2});
+  at::manual_seed(31);
+  LanguageModel reference;
+  at::manual_seed(31);
+  auto model =
+      FullyShardedDataParallel(LanguageModel(), {.process_group = world, .wrap_policy = wrap_by_type<BlockImpl>()});
+  const TrafficCounters before = world->traffic();
+  const StateDict local = model.state_dict(StateDictType::kLocal);
+  EXPECT_EQ(world->traffic().collectives, before.collectives);
+  std::vector<std::string> names;
+  for (const auto& [name, value] : local.items()) names.push_back(name);
+  // Two blocks have frozen parameters, which are kept apart.
+  EXPECT_THAT(names, ::testing::UnorderedElementsAre("_flat_param", "block0._flat_param", "block1._flat_param",
+                                                     "block1._flat_param_1", "block2._flat_param",
+                                                     "block2._flat_param_1", "positions"));
+  const auto frozen = [&](const char* name) { return !local.at(name).as<ShardedTensor>().requires_grad(); };
+  EXPECT_FALSE(frozen("block0._flat_param"));
+  EXPECT_NE(frozen("block1._flat_param"), frozen("block1._flat_param_1"));
+
+  // The parameters of a unit one after the other, in their order, and nothing else.
+  const StateDict whole = whole_state(local, *world);
+  std::vector<at::Tensor> parts;
+  for (const auto& item : reference->blocks[0]->named_parameters()) parts.push_back(item.value().flatten());
+  EXPECT_TRUE(at::equal(whole.at("block0._flat_param").as<at::Tensor>(), at::cat(parts)));
+  int64_t mine = 0;
+  for (const auto& [name, value] : local.items()) {
+    if (!value.is<ShardedTensor>()) continue;
+    for (const LocalShard& shard : value.as<ShardedTensor>().shards()) {
+      mine += shard.tensor.numel();
+      EXPECT_TRUE(std::ranges::any_of(model.parameters(), [&](const at::Tensor& slice) {
+        return slice.is_alias_of(shard.tensor);
+      })) << name;
+    }
+  }
+  int64_t owned = 0;
+  for (const ShardedParameter& p : model.sharded_parameters()) owned += p.end - p.begin;
+  EXPECT_EQ(mine, owned);
+
+  for (const auto& group : {world, pair}) {
+    if (!group->is_member()) continue;
+    at::manual_seed(32);
+    auto other =
+        FullyShardedDataParallel(LanguageModel(), {.process_group = group, .wrap_policy = wrap_by_type<BlockImpl>()});
+    other.load_state_dict(whole);
+    EXPECT_EQ(difference_to(other, *other.module(), *reference), 0.0);
+  }
+
+  StateDict less;
+  for (const auto& [name, value] : whole.items()) {
+    if (name != "block1._flat_param_1") less[name] = value;
+  }
+  expect_error(ErrorCode::kNotFound, {"block1."}, [&] { model.load_state_dict(less); });
+  StateDict other_size = whole;
+  other_size["_flat_param"] = at::zeros({7});
+  expect_error(ErrorCode::kInvalidArgument, {"_flat_param", "shape differs"},
+               [&] { model.load_state_dict(other_size); });
+  auto chunks = FullyShardedDataParallel(
+      LanguageModel(),
+      {.process_group = world, .wrap_policy = wrap_by_type<BlockImpl>(), .layout = ShardLayout::kDim0Chunks});
+  expect_error(ErrorCode::kUnsupported, {"kFlat"}, [&] { chunks.state_dict(StateDictType::kLocal); });
+  expect_error(ErrorCode::kUnsupported, {"kFlat"}, [&] { chunks.load_state_dict(whole); });
+  world->barrier();
+}
+
 RESHARD_DISTRIBUTED_TEST(StateDictTest, IsStrictAndChecksBeforeItWrites, .ranks = 2) {
   at::manual_seed(33);
   auto model = FullyShardedDataParallel(torch::nn::Linear(4, 3), {.process_group = process_group()});

@@ -69,7 +69,8 @@ struct LanguageModelImpl : torch::nn::Module {
   }
   /// The mean loss of predicting each next token.
   at::Tensor forward(const at::Tensor& tokens) {
-    at::Tensor x = (embedding->forward(tokens) + positions).transpose(0, 1);
+    at::Tensor x = embedding->forward(tokens);
+    x = (x + positions.to(x.scalar_type())).transpose(0, 1);
     at::Tensor extra = at::zeros({}, x.options());
     for (const size_t i : {0, 1, 0, 2}) {
       const auto [out, penalty] = blocks[i]->forward(x);

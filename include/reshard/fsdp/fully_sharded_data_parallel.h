@@ -65,6 +65,25 @@ enum class StateDictType : uint8_t {
   kSharded,
   /// Each value is a whole tensor of its own, on every rank. Collective; gathers one unit at a time.
   kFull,
+  /// One 1-D ShardedTensor of views for each flat parameter, "<unit>._flat_param" ("<unit>._flat_param_1", ... where a
+  /// unit has several: dtypes, and frozen parameters, are kept apart), without its padding; buffers as they are. No
+  /// communication, no copy, fewest keys. It fits models wrapped alike with ShardLayout::kFlat (kUnsupported without),
+  /// on any number of ranks; what is inside only they know.
+  kLocal,
+};
+
+/// Parameters are kept, updated and saved in their own dtype; each gather sends a copy in another one, in which forward
+/// and backward passes compute. The fields and defaults are those of PyTorch's MixedPrecisionPolicy. Only real
+/// floating-point parameters are meant; buffers are left alone.
+struct MixedPrecision {
+  /// What the module's own handles are and are computed with; none: their own dtype.
+  std::optional<at::ScalarType> param_dtype = std::nullopt;
+  /// What gradients are added up and reduced in; none: param_dtype. The slices get them in their own dtype.
+  std::optional<at::ScalarType> reduce_dtype = std::nullopt;
+  /// What the call's result is cast to, where it is a tensor; none: as forward() left it.
+  std::optional<at::ScalarType> output_dtype = std::nullopt;
+  /// Casts floating-point tensors among the call's arguments to param_dtype.
+  bool cast_forward_inputs = true;
 };
 
 struct FsdpOptions {
@@ -82,6 +101,7 @@ struct FsdpOptions {
   /// Where shards, gathered units and buffers live.
   c10::Device device = c10::kCPU;
   ShardLayout layout = ShardLayout::kFlat;
+  MixedPrecision mixed_precision = {};
   /// A forward pass refuses to start while a gradient of the last backward pass was neither used by an optimizer nor
   /// cleared: in most programs that means that nothing trains. Set it to let gradients add up over backward passes that
   /// each reduce; no_sync() needs no option.
@@ -160,7 +180,7 @@ class ShardedModule {
   /// Takes sharded tensors (any layout that covers this rank's part) and whole ones, mixed at will. Shards that are
   /// this model's own memory are left alone. Everything is checked first: kNotFound for a missing name (one name of a
   /// tied parameter is enough), kInvalidArgument for an unknown name, a shape, a dtype, or a part that no shard covers.
-  /// Call it also after loading in place. No communication.
+  /// Call it also after loading in place. No communication. Keys of StateDictType::kLocal stand for their parameters.
   void load_state_dict(const StateDict& state);
 
   NoSync no_sync();
@@ -179,6 +199,12 @@ class ShardedModule {
   const torch::nn::Module& root() const;
 
   const std::shared_ptr<FsdpEngine>& engine() const { return engine_; }
+
+ protected:
+  /// The casts of a call: see FsdpOptions::mixed_precision.
+  bool needs_cast(const at::Tensor& argument) const;
+  at::Tensor cast(const at::Tensor& argument) const;
+  at::Tensor cast_output(at::Tensor result) const;
 
  private:
   std::shared_ptr<FsdpEngine> engine_;
@@ -202,8 +228,8 @@ struct SummonOptions {
   bool writeback = false;
 };
 
-/// Gathers all parameters for its lifetime: the module's own handles are whole and readable. Collective when made;
-/// needs the memory of the whole model. Not inside a forward or backward pass (kFailedPrecondition).
+/// Gathers all parameters for its lifetime: the module's own handles are whole and readable, in the dtype that the shards
+/// have. Collective when made; needs the memory of the whole model. Not inside a forward or backward pass (kFailedPrecondition).
 class [[nodiscard]] SummonFullParams {
  public:
   explicit SummonFullParams(const ShardedModule& model, SummonOptions options = {});
@@ -245,17 +271,35 @@ class FullyShardedDataParallel : public ShardedModule {
       : ShardedModule(detail::module_pointer(meta.module()), meta.recording(), std::move(options)),
         module_(meta.module()) {}
 
-  /// module->forward(args...) inside a ForwardScope.
+  /// module->forward(args...) inside a ForwardScope, with the casts of FsdpOptions::mixed_precision.
   template <class... Args>
   decltype(auto) operator()(Args&&... args) {
     ForwardScope scope(*this);
-    return detail::module_pointer(module_)->forward(std::forward<Args>(args)...);
+    const auto module = detail::module_pointer(module_);
+    using Result = decltype(module->forward(std::forward<Args>(args)...));
+    if constexpr (std::is_same_v<Result, at::Tensor>) {
+      return cast_output(module->forward(cast_input(std::forward<Args>(args))...));
+    } else {
+      return module->forward(cast_input(std::forward<Args>(args))...);
+    }
   }
 
   const ModuleHolder& module() const { return module_; }
   ModuleHolder& module() { return module_; }
 
  private:
+  /// The argument itself, or its cast in `place`, which lives as long as the call.
+  template <class T>
+  T&& cast_input(T&& argument, at::Tensor&& place = at::Tensor()) const {
+    if constexpr (std::is_same_v<std::remove_cvref_t<T>, at::Tensor>) {
+      if (needs_cast(argument)) {
+        place = cast(argument);
+        return static_cast<T&&>(place);
+      }
+    }
+    return static_cast<T&&>(argument);
+  }
+
   ModuleHolder module_;
 };
 
