@@ -43,7 +43,7 @@ Metadata example() {
   m.storage_data.insert({"scalar", Dims{}, {}}, {"__0_0.distcp", 100000, 1577, {}});
   m.storage_data.insert({"deep", Dims{0, 0, 0, 0, 0}, 7},
                         {"__0_0.distcp", 200000, 2000, {}});  // a wrong hint is only a hint
-  m.storage_meta = StorageMeta{"/ckpt/a", "17393829-ce51-471d-b4d3-3223f2ae1c3a", std::nullopt, {"m"}};
+  m.storage_meta = StorageMeta{"/ckpt/a", "17393829-ce51-471d-b4d3-3223f2ae1c3a", "a load", {"m"}};
   m.version = kMetadataVersion;
   m.sidecars.emplace(2)[1].fill(std::byte{0xA5});
   return m;

@@ -403,6 +403,11 @@ TEST(DefaultSavePlannerTest, TiedItemsStayWithWhatTheyAreTiedTo) {
   const auto global = globally({plan_of({replica_entry("first", {2000})}), plan_of(shifted)});
   EXPECT_EQ(names_of(global.plans[1]), (std::vector<std::string>{"embedding [0]", "other [0]", "head [0]"}));
   EXPECT_EQ(global.plans[1].items[2].tied_to, 0u);
+  // Both ranks have all of it; the one that comes first has more to write already.
+  const auto second = globally({plan_of(shifted), plan_of(entries(true))});
+  EXPECT_EQ(names_of(second.plans[0]), (std::vector<std::string>{"first [0]"}));
+  EXPECT_EQ(names_of(second.plans[1]), (std::vector<std::string>{"embedding [0]", "other [0]", "head [0]"}));
+  EXPECT_EQ(second.plans[1].items[2].tied_to, 0u);
   // Ranks that disagree on what is tied.
   const auto mixed = globally({plan_of(entries(false)), plan_of(entries(true))});
   size_t heads = 0;
