@@ -205,40 +205,55 @@ c10d::Backend& ProcessGroup::backend(c10::DeviceType device) const {
   return *it->second;
 }
 
-void ProcessGroup::run(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch,
-                       std::chrono::milliseconds timeout) {
+PendingCollective ProcessGroup::begin(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch,
+                                      std::chrono::milliseconds timeout) {
   c10d::Backend& used = backend(input.device().type());
   ++traffic_.collectives;
   traffic_.bytes += input.nbytes();
-  try {
+  const auto with_name = [this, name = std::string(what)](const auto& body) {
+    try {
+      body();
+    } catch (const Error&) {
+      throw;
+    } catch (const std::exception& error) {
+      const std::string text = first_line(error.what());
+      throw Error(is_timeout(text) ? ErrorCode::kTimeout : ErrorCode::kUnavailable,
+                  name + " on process group \"" + name_ + "\" (global ranks " + join(ranks_) + ") failed: " + text,
+                  {.rank = rank_});
+    }
+  };
+  Works works;
+  with_name([&] {
     // Gloo works on host memory; several ranks that share a GPU talk through it.
     if (!input.is_cpu() && used.getBackendName() == "gloo") {
       const bool in_place = output.is_same(input);
       at::Tensor host_input = input.cpu();
       at::Tensor host_output = in_place ? host_input : at::empty_like(output, output.options().device(c10::kCPU));
-      launch(used, host_output, host_input)->wait(timeout);
+      for (const auto& work : launch(used, host_output, host_input)) work->wait(timeout);
       output.copy_(host_output);
-      return;
+    } else {
+      works = launch(used, output, input);
     }
-    launch(used, output, input)->wait(timeout);  // none given: the group's
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
-    const std::string text = first_line(error.what());
-    throw Error(
-        is_timeout(text) ? ErrorCode::kTimeout : ErrorCode::kUnavailable,
-        std::string(what) + " on process group \"" + name_ + "\" (global ranks " + join(ranks_) + ") failed: " + text,
-        {.rank = rank_});
-  }
+  });
+  return PendingCollective([works = std::move(works), with_name, timeout, output, input] {
+    with_name([&] {
+      for (const auto& work : works) work->wait(timeout);  // none given: the group's
+    });
+  });
 }
 
-void ProcessGroup::all_gather_into(at::Tensor& output, at::Tensor& input) {
+void ProcessGroup::run(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch,
+                       std::chrono::milliseconds timeout) {
+  begin(what, output, input, launch, timeout).wait();
+}
+
+PendingCollective ProcessGroup::begin_all_gather_into(at::Tensor& output, at::Tensor& input) {
   TORCH_CHECK(output.numel() == input.numel() * size(), "all_gather_into: output holds ", output.numel(),
               " elements, wanted ", input.numel() * size());
-  run("all_gather", output, input, [this](c10d::Backend& b, at::Tensor& out, at::Tensor& in) {
-    if (size() == 1 || in.numel() == 0 || b.getBackendName() != "gloo") return b.all_gather_single(out, in);
+  const Launch launch = [this](c10d::Backend& b, at::Tensor& out, at::Tensor& in) -> Works {
+    if (size() == 1 || in.numel() == 0 || b.getBackendName() != "gloo") return {b.all_gather_single(out, in)};
     // Gloo's own all-gather collects into a second buffer as large as the output. Messages land in place.
-    std::vector<c10::intrusive_ptr<c10d::Work>> messages;
+    Works messages;
     for (int peer = 0; peer < size(); ++peer) {
       at::Tensor part = out.narrow(0, peer * in.numel(), in.numel());
       std::vector<at::Tensor> tensors{part};
@@ -252,9 +267,13 @@ void ProcessGroup::all_gather_into(at::Tensor& output, at::Tensor& input) {
       std::vector<at::Tensor> tensors{in};
       messages.push_back(b.send(tensors, (rank_ + step) % size(), kAllGatherTag));
     }
-    for (size_t i = 0; i + 1 < messages.size(); ++i) messages[i]->wait();
-    return messages.back();
-  });
+    return messages;
+  };
+  return begin("all_gather", output, input, launch, std::chrono::milliseconds(0));
+}
+
+void ProcessGroup::all_gather_into(at::Tensor& output, at::Tensor& input) {
+  begin_all_gather_into(output, input).wait();
 }
 
 void ProcessGroup::reduce_scatter_into(at::Tensor& output, at::Tensor& input, bool average) {
@@ -262,14 +281,15 @@ void ProcessGroup::reduce_scatter_into(at::Tensor& output, at::Tensor& input, bo
               " elements, wanted ", output.numel() * size());
   c10d::ReduceScatterOptions options;
   options.reduceOp = average ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM;
-  run("reduce_scatter", output, input,
-      [&](c10d::Backend& b, at::Tensor& out, at::Tensor& in) { return b.reduce_scatter_single(out, in, options); });
+  run("reduce_scatter", output, input, [&](c10d::Backend& b, at::Tensor& out, at::Tensor& in) {
+    return Works{b.reduce_scatter_single(out, in, options)};
+  });
 }
 
 void ProcessGroup::all_reduce_sum(at::Tensor& tensor) {
   run("all_reduce", tensor, tensor, [](c10d::Backend& b, at::Tensor& out, at::Tensor&) {
     std::vector<at::Tensor> tensors{out};
-    return b.allreduce(tensors);
+    return Works{b.allreduce(tensors)};
   });
 }
 
@@ -278,7 +298,7 @@ void ProcessGroup::all_reduce_max(at::Tensor& tensor) {
   options.reduceOp = c10d::ReduceOp::MAX;
   run("all_reduce", tensor, tensor, [&](c10d::Backend& b, at::Tensor& out, at::Tensor&) {
     std::vector<at::Tensor> tensors{out};
-    return b.allreduce(tensors, options);
+    return Works{b.allreduce(tensors, options)};
   });
 }
 
@@ -288,7 +308,7 @@ void ProcessGroup::broadcast(at::Tensor& tensor, int root) {
   options.rootRank = root;
   run("broadcast", tensor, tensor, [&](c10d::Backend& b, at::Tensor& out, at::Tensor&) {
     std::vector<at::Tensor> tensors{out};
-    return b.broadcast(tensors, options);
+    return Works{b.broadcast(tensors, options)};
   });
 }
 
@@ -298,7 +318,7 @@ void ProcessGroup::send(at::Tensor& tensor, int to, std::chrono::milliseconds ti
       what.c_str(), tensor, tensor,
       [&](c10d::Backend& b, at::Tensor&, at::Tensor& in) {
         std::vector<at::Tensor> tensors{in};
-        return b.send(tensors, to, kPairTag);
+        return Works{b.send(tensors, to, kPairTag)};
       },
       timeout);
 }
@@ -309,7 +329,7 @@ void ProcessGroup::recv(at::Tensor& tensor, int from, std::chrono::milliseconds 
       what.c_str(), tensor, tensor,
       [&](c10d::Backend& b, at::Tensor& out, at::Tensor&) {
         std::vector<at::Tensor> tensors{out};
-        return b.recv(tensors, from, kPairTag);
+        return Works{b.recv(tensors, from, kPairTag)};
       },
       timeout);
 }

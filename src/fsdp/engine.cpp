@@ -445,6 +445,20 @@ void FsdpEngine::gather(FlatParameter& flat) {
     }
   }
   flat.unshard();
+  prefetch_after(flat);
+}
+
+void FsdpEngine::prefetch_after(FlatParameter& flat) {
+  const bool backward = in_backward();
+  if (!(backward ? options_.backward_prefetch : options_.forward_prefetch)) return;
+  PassOrder& order = backward ? backward_order_ : forward_order_;
+  const size_t i = order.now.size();
+  order.now.push_back(&flat);
+  order.follows = order.follows && i < order.last.size() && order.last[i] == &flat;
+  if (!order.follows || i + 1 == order.last.size()) return;
+  FlatParameter& next = *order.last[i + 1];
+  // One that was written to since the forward pass is left for pin() to refuse.
+  if (!next.is_unsharded() && !(backward && next.is_stale())) next.begin_unshard();
 }
 
 void FsdpEngine::release(FlatParameter& flat) {
@@ -487,6 +501,7 @@ void FsdpEngine::queue_end_of_backward() {
   const int task = torch::autograd::get_current_graph_task_id();
   if (task == queued_task_) return;
   queued_task_ = task;
+  backward_order_.begin_pass();
   torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this()] {
     if (const auto engine = weak.lock()) engine->end_of_backward();
   });
@@ -548,7 +563,10 @@ void FsdpEngine::check_before_forward() {
 
 void FsdpEngine::begin_forward() {
   std::lock_guard lock(mutex_);
-  if (forward_depth_ == 0 && !in_backward()) check_before_forward();
+  if (forward_depth_ == 0 && !in_backward()) {
+    check_before_forward();
+    forward_order_.begin_pass();
+  }
   ++forward_depth_;
 }
 

@@ -14,6 +14,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fsdp/flat_parameter.h"
@@ -79,6 +80,7 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
   void attach(FlatParameter& flat);
   void pin(FlatParameter& flat, const std::string& op, const at::Tensor& tensor);
   void gather(FlatParameter& flat);
+  void prefetch_after(FlatParameter& flat);
   void release(FlatParameter& flat);
   void on_gradient(FlatParameter& flat, FlatParameter::Member& member);
   void queue_end_of_backward();
@@ -102,6 +104,16 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
   int summon_depth_ = 0;
   bool summon_writeback_ = false;
   int no_sync_depth_ = 0;
+  /// What a pass gathered, in its order, for the prefetches of the next one.
+  struct PassOrder {
+    std::vector<FlatParameter*> last, now;
+    bool follows = true;  // `now` is a beginning of `last` so far
+    void begin_pass() {
+      last = std::exchange(now, {});
+      follows = true;
+    }
+  };
+  PassOrder forward_order_, backward_order_;
   int queued_task_ = -1;  // graph task at whose end end_of_backward() will run
 };
 

@@ -216,39 +216,62 @@ void FlatParameter::copy_chunks(const at::Tensor& chunks, const at::Tensor& whol
   }
 }
 
-void FlatParameter::gather_into(at::Tensor& whole) {
-  if (whole.numel() == 0) return;
-  at::Tensor sent = byte_view(shard_.to(whole.scalar_type()));
-  if (layout_ == ShardLayout::kFlat) {
-    at::Tensor whole_as_bytes = byte_view(whole);
-    group_->all_gather_into(whole_as_bytes, sent);
-    return;
+FlatParameter::Gather FlatParameter::begin_gather(at::Tensor& whole) {
+  Gather gather;
+  if (whole.numel() == 0) return gather;
+  gather.sent = byte_view(shard_.to(whole.scalar_type()));
+  at::Tensor filled = whole;
+  if (layout_ == ShardLayout::kDim0Chunks) {
+    filled = gather.chunks = at::empty({shard_numel_ * group_->size()}, whole.options());
+    count_unsharded(filled.nbytes());
   }
-  at::Tensor chunks = at::empty({shard_numel_ * group_->size()}, whole.options());
-  const uint64_t extra = chunks.nbytes();
-  count_unsharded(extra);
-  at::Tensor chunks_as_bytes = byte_view(chunks);
+  at::Tensor filled_bytes = byte_view(filled);
   try {
-    group_->all_gather_into(chunks_as_bytes, sent);
+    gather.collective = group_->begin_all_gather_into(filled_bytes, gather.sent);
   } catch (...) {
-    stats_.unsharded_bytes -= extra;
+    if (gather.chunks.defined()) stats_.unsharded_bytes -= gather.chunks.nbytes();
     throw;
   }
-  copy_chunks(chunks, whole, /*to_whole=*/true);
-  stats_.unsharded_bytes -= extra;
+  return gather;
+}
+
+void FlatParameter::end_gather(Gather& gather, at::Tensor& whole) {
+  if (gather.chunks.defined()) stats_.unsharded_bytes -= gather.chunks.nbytes();  // whatever comes
+  gather.collective.wait();
+  if (gather.chunks.defined()) copy_chunks(gather.chunks, whole, /*to_whole=*/true);
+}
+
+void FlatParameter::begin_unshard() {
+  if (unsharded_ || gathering_) return;
+  const at::NoGradGuard no_grad;
+  allocate_whole();
+  try {
+    gathering_ = begin_gather(full_);
+  } catch (...) {
+    free_whole();
+    throw;
+  }
+  unsharded_ = false;  // to others; its memory is there
+  gathered_writes_ = writes_;
 }
 
 void FlatParameter::unshard() {
   const at::NoGradGuard no_grad;
-  allocate_whole();
+  if (is_prefetched()) {
+    ++stats_.prefetches;
+  } else {
+    begin_unshard();
+  }
+  unsharded_ = true;
   try {
-    gather_into(full_);
+    Gather gather = std::move(*gathering_);
+    gathering_.reset();
+    end_gather(gather, full_);
   } catch (...) {
     free_whole();
     throw;
   }
   ++stats_.gathers;
-  gathered_writes_ = writes_;
   for (Member& member : members_) member.handle_version = member.handle._version();
 }
 
@@ -263,6 +286,15 @@ void FlatParameter::warn_of_lost_writes() {
 }
 
 void FlatParameter::reshard(bool writes_kept) {
+  if (gathering_) {
+    try {
+      unshard();  // the others send all the same
+      --stats_.prefetches;
+    } catch (const Error&) {
+      return;  // nobody asked for it; a group that is broken says so at the next collective
+    }
+    writes_kept = true;
+  }
   if (!unsharded_) return;
   if (!writes_kept) warn_of_lost_writes();
   if (poison_freed_) full_bytes_.fill_(0xFF);
@@ -277,7 +309,8 @@ void FlatParameter::summon() {
   }
   const at::NoGradGuard no_grad;
   at::Tensor whole = at::empty(full_.sizes(), shard_.options());
-  gather_into(whole);
+  Gather gather = begin_gather(whole);
+  end_gather(gather, whole);
   ++stats_.gathers;
   count_unsharded(whole.nbytes());
   summoned_ = std::move(whole);
@@ -302,7 +335,8 @@ std::vector<at::Tensor> FlatParameter::full_parameters() {
   const at::NoGradGuard no_grad;
   at::Tensor whole = at::empty(full_.sizes(), shard_.options());
   const uint64_t extra = whole.nbytes();
-  gather_into(whole);
+  Gather gather = begin_gather(whole);
+  end_gather(gather, whole);
   ++stats_.gathers;
   count_unsharded(extra);
   stats_.unsharded_bytes -= extra;

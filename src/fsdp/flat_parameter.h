@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -67,8 +68,11 @@ class FlatParameter {
   void note_write(int64_t offset);
   /// Someone wrote to the shard without an operator that would have shown it.
   void note_writes();
-  /// Gathers (a collective). `is_unsharded()` must be false.
+  /// Gathers (a collective), or ends what begin_unshard() began. `is_unsharded()` must be false.
   void unshard();
+  /// Begins to gather, where that is not so yet; until unshard() the whole may not be read.
+  void begin_unshard();
+  bool is_prefetched() const { return gathering_.has_value(); }
   /// Frees the whole. Warns once for each parameter that was written to, unless `writes_kept`.
   void reshard(bool writes_kept = false);
   /// Gathers in the shard's dtype, for the handles (a collective).
@@ -114,7 +118,13 @@ class FlatParameter {
   bool is_mixed() const { return full_.scalar_type() != shard_.scalar_type(); }
   void point_handles(const at::Tensor& whole);
   void copy_chunks(const at::Tensor& chunks, const at::Tensor& whole, bool to_whole) const;
-  void gather_into(at::Tensor& whole);
+  /// A gather on its way, with what it reads and, for kDim0Chunks, the chunks that it fills.
+  struct Gather {
+    at::Tensor sent, chunks;
+    PendingCollective collective;
+  };
+  Gather begin_gather(at::Tensor& whole);
+  void end_gather(Gather& gather, at::Tensor& whole);
   void write_back(const at::Tensor& whole);
   void warn_of_lost_writes();
   void count_unsharded(uint64_t bytes);
@@ -141,6 +151,7 @@ class FlatParameter {
   at::Tensor full_;  // over the permanent storage
   at::Tensor shard_;
   at::Tensor full_bytes_;
+  std::optional<Gather> gathering_;
   at::Tensor summoned_;  // in place of full_ where that has another dtype than the shard
   at::Tensor flat_grad_;
   at::Tensor refused_;  // a storage without memory, for Member::refused_grad

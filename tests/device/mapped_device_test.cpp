@@ -345,9 +345,12 @@ class MappedDeviceFixture : public TorchDistributedTest {
 
 RESHARD_DISTRIBUTED_TEST_F(MappedDeviceFixture, MappedDeviceFsdpTest, TrainsAsOnTheCpu, .ranks = 2) {
   const DoublePrecision in_double;
-  for (const ShardLayout layout : {ShardLayout::kFlat, ShardLayout::kDim0Chunks}) {
+  for (const bool prefetch : {false, true}) {
+    const ShardLayout layout = prefetch ? ShardLayout::kDim0Chunks : ShardLayout::kFlat;
     auto on_cpu = build(5, c10::kCPU, {.layout = layout});
-    auto on_device = build(5, kDevice, {.sync_module_states = true, .layout = layout});
+    auto on_device = build(
+        5, kDevice,
+        {.sync_module_states = true, .layout = layout, .forward_prefetch = prefetch, .backward_prefetch = prefetch});
     const auto cpu_optimizer = make_optimizer(on_cpu), device_optimizer = make_optimizer(on_device);
     for (int64_t step = 0; step < 5; ++step) {
       const double wanted = train(on_cpu, *cpu_optimizer, c10::kCPU, step);

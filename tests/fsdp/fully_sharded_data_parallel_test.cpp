@@ -55,6 +55,10 @@ RESHARD_DISTRIBUTED_TEST(FullyShardedDataParallelTest, TrainsLikeTheUnshardedMod
   train_and_compare(process_group(), Optimizer::kSgd, {.wrap_policy = blocks, .layout = ShardLayout::kDim0Chunks},
                     /*from_meta=*/false);
   train_and_compare(process_group(), Optimizer::kAdamWLargeEps, {}, /*from_meta=*/false);
+  // A block comes twice, so the order is more than who follows whom.
+  train_and_compare(process_group(), Optimizer::kAdamW,
+                    {.wrap_policy = blocks, .forward_prefetch = true, .backward_prefetch = true, .poison_freed = true},
+                    /*from_meta=*/false);
   // The tied weight is used by two units side by side.
   train_and_compare(process_group(), Optimizer::kAdamWLargeEps,
                     {.wrap_policy = wrap_by_name({"embedding", "block0", "head"}), .poison_freed = true},

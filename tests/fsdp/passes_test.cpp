@@ -160,8 +160,107 @@ RESHARD_DISTRIBUTED_TEST(PassesTest, BrokenPassesLeaveNothingBehind, .ranks = 2)
   set_log_sink(nullptr);
 }
 
+RESHARD_DISTRIBUTED_TEST(PassesTest, PrefetchesWhatCameNextInThePassBefore, .ranks = 2) {
+  const DoublePrecision in_double;
+  const auto group = process_group();
+  size_t skipped = 9, layer = 0;
+  std::vector<uint64_t> begun;  // gathers that had begun when each layer was done, in the last forward pass
+  const auto around = [&](const StackImpl::Layer& run, const at::Tensor& x) {
+    if (layer == 0) begun.clear();
+    const at::Tensor out = layer == skipped ? x : run(x);
+    layer = (layer + 1) % 4;
+    begun.push_back(group->traffic().collectives);
+    return out;
+  };
+  for (const ShardLayout layout : {ShardLayout::kFlat, ShardLayout::kDim0Chunks}) {
+    const auto options = [&](bool prefetch) {
+      return FsdpOptions{.process_group = group,
+                         .wrap_policy = wrap_by_type<torch::nn::LinearImpl>(),
+                         .layout = layout,
+                         .forward_prefetch = prefetch,
+                         .backward_prefetch = prefetch,
+                         .poison_freed = true};
+    };
+    auto model = FullyShardedDataParallel(seeded_stack(around), options(true));
+    auto plain = FullyShardedDataParallel(seeded_stack(around), options(false));
+    torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.05));
+    torch::optim::SGD plain_optimizer(plain.parameters(), torch::optim::SGDOptions(0.05));
+    at::manual_seed(63);
+    const at::Tensor batch = at::rand({2, 5});
+    const auto step = [&] {
+      const FsdpMemoryStats before = model.memory_stats(), plain_before = plain.memory_stats();
+      const uint64_t collectives = group->traffic().collectives;
+      const at::Tensor loss = model(batch);
+      for (uint64_t& count : begun) count -= collectives;
+      const std::vector<uint64_t> forward = begun;
+      loss.backward();
+      EXPECT_EQ(model.memory_stats().unsharded_bytes, 0U);
+      const at::Tensor plain_loss = plain(batch);
+      plain_loss.backward();
+      EXPECT_EQ(loss.item<double>(), plain_loss.item<double>());
+      optimizer.step();
+      plain_optimizer.step();
+      optimizer.zero_grad();
+      plain_optimizer.zero_grad();
+      begun = forward;
+      return std::pair(model.memory_stats().prefetches - before.prefetches,
+                       static_cast<int64_t>(model.memory_stats().gathers - before.gathers) -
+                           static_cast<int64_t>(plain.memory_stats().gathers - plain_before.gathers));
+    };
+    using Counts = std::pair<uint64_t, int64_t>;  // prefetches, gathers beyond those without prefetch
+    skipped = 9;
+    EXPECT_EQ(step(), Counts(0, 0)) << "nothing is known of a first pass";
+    EXPECT_EQ(begun, (std::vector<uint64_t>{1, 2, 3, 4}));
+    EXPECT_EQ(step(), Counts(3 + 1, 0)) << "all but the first of each pass; backward gathers two";
+    EXPECT_EQ(begun, (std::vector<uint64_t>{2, 3, 4, 4}));
+    const uint64_t unit = model.memory_stats().largest_unit_bytes;
+    EXPECT_GT(model.memory_stats().peak_unsharded_bytes, unit);
+    EXPECT_LE(model.memory_stats().peak_unsharded_bytes, (layout == ShardLayout::kFlat ? 2 : 4) * unit);
+    // Without the second layer it has gathered that for nothing, once, and stops.
+    skipped = 1;
+    EXPECT_EQ(step(), Counts(0, 1 + 1));
+    EXPECT_EQ(step(), Counts(2, 0));
+    skipped = 9;
+    step();
+    EXPECT_EQ(step(), Counts(3 + 1, 0));
+    {
+      const SummonFullParams full(plain);
+      EXPECT_EQ(difference_to(model, *model.module(), *plain.module()), 0.0);
+    }
+
+    // A pass that breaks off with a gather on its way.
+    skipped = 9;
+    const at::Tensor out = model(batch);
+    EXPECT_ANY_THROW(model(at::rand({2, 6})));
+    layer = 0;
+    EXPECT_EQ(model(batch).item<double>(), out.item<double>());
+    model.reshard();
+    EXPECT_EQ(model.memory_stats().unsharded_bytes, 0U);
+    model.state_dict(StateDictType::kFull);
+  }
+}
+
 RESHARD_DISTRIBUTED_TEST(PassesTest, RefusesAWriteBetweenForwardAndBackward, .ranks = 2) {
   const auto group = process_group();
+  {
+    // Not hidden by a gather that began before it was asked for.
+    auto model = FullyShardedDataParallel(
+        seeded_stack(),
+        {.process_group = group, .wrap_policy = wrap_by_type<torch::nn::LinearImpl>(), .backward_prefetch = true});
+    for (int pass = 0; pass < 2; ++pass) {
+      const at::Tensor loss = model(at::rand({2, 5}));
+      if (pass == 0) {
+        loss.backward();
+        model.zero_grad();
+        continue;
+      }
+      {
+        const at::NoGradGuard no_grad;
+        model.parameters()[2].add_(1);  // l1.weight
+      }
+      expect_error(ErrorCode::kFailedPrecondition, {"written since", "key l1.weight"}, [&] { loss.backward(); });
+    }
+  }
   auto model = FullyShardedDataParallel(seeded_stack(),
                                         {.process_group = group, .wrap_policy = wrap_by_type<torch::nn::LinearImpl>()});
   torch::optim::AdamW optimizer(model.parameters());

@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace reshard {
@@ -24,6 +25,24 @@ class StoreThreads;
 struct TrafficCounters {
   uint64_t collectives = 0;
   uint64_t bytes = 0;  // bytes of this rank's inputs to collectives
+};
+
+/// A collective on its way. Its tensors must not be touched until wait() is done.
+class PendingCollective {
+ public:
+  PendingCollective() = default;
+  /// Of the groups' own use: `finish` blocks until the result is there.
+  explicit PendingCollective(std::function<void()> finish) : finish_(std::move(finish)) {}
+  PendingCollective(PendingCollective&&) = default;
+  PendingCollective& operator=(PendingCollective&&) = default;
+  bool is_pending() const { return finish_ != nullptr; }
+  /// Blocks, and throws, as the collective itself does. Does nothing where nothing is pending.
+  void wait() {
+    if (finish_) std::exchange(finish_, nullptr)();
+  }
+
+ private:
+  std::function<void()> finish_;
 };
 
 /// A group of ranks. Every member calls the same collectives in the same order; none of them is thread-safe. All
@@ -58,6 +77,8 @@ class ProcessGroup {
   /// output (1-D, size() * n elements) = inputs (n elements) of rank 0, 1, ... one after the other. Both dense, on one
   /// device.
   void all_gather_into(at::Tensor& output, at::Tensor& input);
+  /// The same, begun: other collectives may come before its wait(). (Over gloo, tensors of a device are waited for here.)
+  PendingCollective begin_all_gather_into(at::Tensor& output, at::Tensor& input);
   /// output (n elements) = this rank's part of the elementwise sum over ranks of input (size() * n elements); divided
   /// by size() if `average`.
   void reduce_scatter_into(at::Tensor& output, at::Tensor& input, bool average);
@@ -77,7 +98,10 @@ class ProcessGroup {
   uint64_t next_operation() { return operations_++; }
 
  private:
-  using Launch = std::function<c10::intrusive_ptr<c10d::Work>(c10d::Backend&, at::Tensor& output, at::Tensor& input)>;
+  using Works = std::vector<c10::intrusive_ptr<c10d::Work>>;
+  using Launch = std::function<Works(c10d::Backend&, at::Tensor& output, at::Tensor& input)>;
+  PendingCollective begin(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch,
+                          std::chrono::milliseconds timeout);
   void run(const char* what, at::Tensor& output, at::Tensor& input, const Launch& launch,
            std::chrono::milliseconds timeout = std::chrono::milliseconds(0));
 

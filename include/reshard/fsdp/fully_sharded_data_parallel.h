@@ -102,6 +102,11 @@ struct FsdpOptions {
   c10::Device device = c10::kCPU;
   ShardLayout layout = ShardLayout::kFlat;
   MixedPrecision mixed_precision = {};
+  /// Begins to gather the unit that came next in the pass before while the one now gathered computes. It costs the memory
+  /// of one more unit, and pays where computing leaves the network and the cores that serve it idle. A pass that goes
+  /// another way than the one before prefetches nothing more.
+  bool forward_prefetch = false;
+  bool backward_prefetch = false;
   /// A forward pass refuses to start while a gradient of the last backward pass was neither used by an optimizer nor
   /// cleared: in most programs that means that nothing trains. Set it to let gradients add up over backward passes that
   /// each reduce; no_sync() needs no option.
@@ -121,6 +126,7 @@ struct FsdpMemoryStats {
   uint64_t gradient_bytes = 0;  // unreduced flat gradients
   uint64_t peak_gradient_bytes = 0;
   uint64_t gathers = 0;
+  uint64_t prefetches = 0;  // of the gathers, those that had begun before they were asked for
   uint64_t reductions = 0;
 };
 
