@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <algorithm>
 #include <bit>
+#include <functional>
+#include <map>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 
 #include "format/utf8.h"
@@ -221,14 +224,61 @@ class ItemGroups {
   OrderedMap<SharedString, uint32_t> key_ids_;
 };
 
+// For each key whose items the ranks of several nodes hold, all of them each: the one of these nodes with the least to write. The largest keys
+// choose first.
+std::unordered_map<uint32_t, uint32_t> choose_nodes(const ItemGroups& groups, const std::vector<uint64_t>& load,
+                                                    size_t ranks_per_node) {
+  const auto& copies = groups.copies();
+  struct Key {
+    uint64_t cost = 0;
+    std::vector<uint32_t> firsts;
+  };
+  std::map<uint32_t, Key> keys;
+  for (const auto& group : groups.groups()) {
+    Key& key = keys[group.key];
+    if (copies[group.first].next != kNone)
+      key.cost += cost_of(groups.item(copies[group.first]));  // `load` has the others
+    key.firsts.push_back(group.first);
+  }
+  std::vector<std::pair<uint32_t, const Key*>> by_cost;
+  for (const auto& [id, key] : keys) {
+    if (key.cost > 0) by_cost.emplace_back(id, &key);
+  }
+  std::ranges::stable_sort(by_cost, std::greater(), [](const auto& entry) { return entry.second->cost; });
+  std::vector<uint64_t> node_load((load.size() + ranks_per_node - 1) / ranks_per_node);
+  for (size_t rank = 0; rank < load.size(); ++rank) node_load[rank / ranks_per_node] += load[rank];
+  std::unordered_map<uint32_t, uint32_t> chosen;
+  for (const auto& [id, key] : by_cost) {
+    std::map<uint32_t, size_t> items_of_node;
+    for (const uint32_t first : key->firsts) {
+      std::optional<uint32_t> last;  // copies come in the order of their ranks
+      for (uint32_t copy = first; copy != kNone; copy = copies[copy].next) {
+        const auto node = static_cast<uint32_t>(copies[copy].rank / ranks_per_node);
+        if (last != node) ++items_of_node[node];
+        last = node;
+      }
+    }
+    std::optional<uint32_t> best;
+    for (const auto& [node, items] : items_of_node) {
+      if (items == key->firsts.size() && (!best || node_load[node] < node_load[*best])) best = node;
+    }
+    if (!best) continue;
+    chosen[id] = *best;
+    node_load[*best] += key->cost;
+  }
+  return chosen;
+}
+
 // Which copies stay.
-std::vector<bool> choose_copies(const ItemGroups& groups, size_t world_size, DedupPolicy policy) {
+std::vector<bool> choose_copies(const ItemGroups& groups, size_t world_size, DedupPolicy policy,
+                                size_t ranks_per_node) {
   const auto& copies = groups.copies();
   std::vector<bool> kept(copies.size());
   std::vector<uint64_t> load(world_size);
   struct Replicated {
     uint64_t cost;
     uint32_t first;
+    uint32_t key;
   };
   std::vector<Replicated> replicated;
   for (const auto& group : groups.groups()) {
@@ -237,15 +287,19 @@ std::vector<bool> choose_copies(const ItemGroups& groups, size_t world_size, Ded
     const bool tied = groups.item(first).tied_to.has_value();
     if (alone || policy == DedupPolicy::kLowestRank) kept[group.first] = true;
     if (alone && !tied) load[first.rank] += cost_of(groups.item(first));
-    if (!alone && !tied && policy == DedupPolicy::kBalanced) {
-      replicated.push_back({cost_of(groups.item(first)), group.first});
+    if (!alone && !tied && policy != DedupPolicy::kLowestRank) {
+      replicated.push_back({cost_of(groups.item(first)), group.first, group.key});
     }
   }
+  std::unordered_map<uint32_t, uint32_t> nodes;
+  if (policy == DedupPolicy::kSameNode) nodes = choose_nodes(groups, load, ranks_per_node);
   std::stable_sort(replicated.begin(), replicated.end(), [](auto& a, auto& b) { return a.cost > b.cost; });
-  for (const auto& [cost, first] : replicated) {
-    uint32_t best = first;
-    for (uint32_t copy = copies[first].next; copy != kNone; copy = copies[copy].next) {
-      if (load[copies[copy].rank] < load[copies[best].rank]) best = copy;
+  for (const auto& [cost, first, key] : replicated) {
+    uint32_t best = kNone;
+    const auto node = nodes.find(key);
+    for (uint32_t copy = first; copy != kNone; copy = copies[copy].next) {
+      if (node != nodes.end() && copies[copy].rank / ranks_per_node != node->second) continue;
+      if (best == kNone || load[copies[copy].rank] < load[copies[best].rank]) best = copy;
     }
     kept[best] = true;
     load[copies[best].rank] += cost;
@@ -419,7 +473,15 @@ void DefaultSavePlanner::add_content_digests(SavePlan& plan) const {
 }
 
 GlobalSavePlan DefaultSavePlanner::create_global_plan(std::vector<SavePlan> local_plans) {
-  dedup_save_plans(local_plans, options_.dedup_save_to_lowest_rank ? DedupPolicy::kLowestRank : DedupPolicy::kBalanced);
+  if (options_.dedup_save_to_lowest_rank && options_.dedup_ranks_per_node > 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "DefaultSavePlannerOptions has two ways of dedup: dedup_save_to_lowest_rank and dedup_ranks_per_node");
+  }
+  dedup_save_plans(local_plans,
+                   options_.dedup_save_to_lowest_rank  ? DedupPolicy::kLowestRank
+                   : options_.dedup_ranks_per_node > 0 ? DedupPolicy::kSameNode
+                                                       : DedupPolicy::kBalanced,
+                   options_.dedup_ranks_per_node);
   GlobalSavePlan global;
   global.metadata = build_metadata(local_plans);
   for (const auto& [fqn, path] : *global.metadata.planner_data) {
@@ -474,12 +536,15 @@ ByteSpan DefaultSavePlanner::resolve_bytes(const WriteItem& item) const {
   return bytes;
 }
 
-void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy) {
+void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy, size_t ranks_per_node) {
+  if (policy == DedupPolicy::kSameNode && ranks_per_node == 0)
+    throw Error(ErrorCode::kInvalidArgument, "DedupPolicy::kSameNode needs the number of ranks of a node");
   std::vector<bool> kept;
   {
     const ItemGroups groups(plans);
-    kept = groups.groups().size() == groups.copies().size() ? std::vector<bool>(groups.copies().size(), true)
-                                                            : choose_copies(groups, plans.size(), policy);
+    kept = groups.groups().size() == groups.copies().size()
+               ? std::vector<bool>(groups.copies().size(), true)
+               : choose_copies(groups, plans.size(), policy, ranks_per_node);
   }
   size_t copy = 0;
   for (SavePlan& plan : plans) {

@@ -144,6 +144,74 @@ TEST(DefaultSavePlannerTest, DedupKeepsAnItemWhereTheLeastIsWritten) {
   EXPECT_THAT(names_of(plans[0]), ElementsAre("tensor_0 [0]", "r0 [0]"));
 }
 
+TEST(DefaultSavePlannerTest, OneNodeWritesAllOfATensorWhereItHoldsAllOfIt) {
+  // Hybrid sharding over two nodes of two ranks: ranks 0 and 2 hold the first half of each tensor, 1 and 3 the second. Rank 0 has something
+  // large for itself.
+  const auto plans_with = [](const std::vector<StateEntry>& of_rank_0) {
+    std::vector<SavePlan> plans;
+    for (int64_t rank = 0; rank < 4; ++rank) {
+      std::vector<StateEntry> entries;
+      if (rank == 0) entries = of_rank_0;
+      for (const char* name : {"a", "b", "c", "d", "e"})
+        entries.push_back(tensor_entry(name, {2000}, {{{1000 * (rank % 2)}, {1000}}}));
+      plans.push_back(plan_of(entries));
+    }
+    return plans;
+  };
+  const auto nodes_of = [](const std::vector<SavePlan>& plans, const std::string& fqn) {
+    std::set<size_t> nodes;
+    for (size_t rank = 0; rank < plans.size(); ++rank) {
+      for (const WriteItem& item : plans[rank].items) {
+        if (item.index.fqn == fqn) nodes.insert(rank / 2);
+      }
+    }
+    return nodes;
+  };
+  std::vector<SavePlan> plans = plans_with({tensor_entry("own", {2500}, {{{0}, {2500}}})});
+  dedup_save_plans(plans, DedupPolicy::kSameNode, 2);
+  std::map<size_t, int> tensors;
+  for (const char* name : {"a", "b", "c", "d", "e"}) {
+    const std::set<size_t> nodes = nodes_of(plans, name);
+    ASSERT_EQ(nodes.size(), 1U) << name;
+    ++tensors[*nodes.begin()];
+  }
+  EXPECT_EQ(tensors[0], 2) << "what rank 0 writes alone weighs more than a tensor";
+  EXPECT_EQ(tensors[1], 3);
+  EXPECT_EQ(plans[1].items.size(), 2U);
+  EXPECT_EQ(plans[2].items.size(), 3U);
+  EXPECT_EQ(plans[3].items.size(), 3U);
+  std::vector<SavePlan> balanced = plans_with({tensor_entry("own", {2500}, {{{0}, {2500}}})});
+  dedup_save_plans(balanced, DedupPolicy::kBalanced);
+  EXPECT_EQ(nodes_of(balanced, "a").size(), 2U) << "the control";
+
+  // Whole replicas: on either node, on the rank with the least to write.
+  std::vector<SavePlan> replicas(4, plan_of({replica_entry("r", {10}), replica_entry("s", {10}),
+                                             replica_entry("t", {10}), replica_entry("u", {10})}));
+  dedup_save_plans(replicas, DedupPolicy::kSameNode, 2);
+  for (const SavePlan& plan : replicas) EXPECT_EQ(plan.items.size(), 1U);
+
+  // A part that only one rank holds, on the other node than the other part: nobody has all of it.
+  std::vector<SavePlan> apart{
+      plan_of({tensor_entry("w", {3}, {{{0}, {1}}})}), plan_of({tensor_entry("w", {3}, {{{1}, {1}}})}),
+      plan_of({tensor_entry("w", {3}, {{{0}, {1}}})}), plan_of({tensor_entry("w", {3}, {{{2}, {1}}})})};
+  dedup_save_plans(apart, DedupPolicy::kSameNode, 2);
+  EXPECT_EQ(apart[0].items.size() + apart[2].items.size(), 1U);
+  EXPECT_EQ(nodes_of(apart, "w").size(), 2U);
+  // It pins the rest where the node has it.
+  std::vector<SavePlan> pinned{plan_of({tensor_entry("w", {2}, {{{0}, {1}}})}), plan_of({replica_entry("x", {1})}),
+                               plan_of({tensor_entry("w", {2}, {{{0}, {1}}})}),
+                               plan_of({tensor_entry("w", {2}, {{{1}, {1}}})})};
+  dedup_save_plans(pinned, DedupPolicy::kSameNode, 2);
+  EXPECT_EQ(nodes_of(pinned, "w"), std::set<size_t>{1});
+
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "number of ranks of a node",
+               dedup_save_plans(pinned, DedupPolicy::kSameNode));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "two ways of dedup",
+               globally(plans, {.dedup_save_to_lowest_rank = true, .dedup_ranks_per_node = 2}));
+  const GlobalSavePlan global = globally(plans_with({}), {.dedup_ranks_per_node = 2});
+  EXPECT_EQ(nodes_of(global.plans, "a").size(), 1U);
+}
+
 TEST(DefaultSavePlannerTest, LoadIsCountedInBytesOfTheChunkNotOfTheTensor) {
   // Rank 0 holds a small part of a large tensor, rank 1 most of it: the replica belongs on rank 0.
   std::vector<SavePlan> plans{plan_of({tensor_entry("large", {100000}, {{{0}, {10}}}), replica_entry("r", {10})}),

@@ -17,6 +17,9 @@ namespace reshard {
 struct DefaultSavePlannerOptions {
   /// Replicated items go to the lowest rank that has them instead of the one with the least to write.
   bool dedup_save_to_lowest_rank = false;
+  /// Not 0: DedupPolicy::kSameNode with nodes of this many ranks, numbered one after the other as torchrun does
+  /// (LOCAL_WORLD_SIZE).
+  size_t dedup_ranks_per_node = 0;
   /// Compares the replicas of sharded tensors, too, which otherwise are trusted. Reads every tensor once more.
   bool verify_replicas = false;
 };
@@ -102,14 +105,17 @@ class DefaultLoadPlanner final : public LoadPlanner {
 enum class DedupPolicy : uint8_t {
   kBalanced,    // on the holder with the least to write: what only one rank holds counts first, then the largest items
   kLowestRank,  // on the lowest rank that holds it
+  /// All items of a key on one node, that with the least to write of those that hold all of them; there as kBalanced. (With replicas over nodes
+  /// and shards inside them, a tensor is then on one node's disk.) Keys that no node holds whole: as kBalanced.
+  kSameNode,
 };
 
 /// Keeps each item that several plans hold (equal fqn and offsets) on one rank. Load is counted in bytes of the chunk
 /// (PyTorch counts the whole tensor), ties go to the lowest rank, so the result is a function of the plans. Order
 /// inside a plan is kept. Linear in the number of items. Throws kInvalidArgument naming key and ranks where plans
 /// contradict each other: a key that is a tensor here and a value there, sizes, dtypes, boxes or contents that differ,
-/// an item twice in one plan. The items that stay have no content digest.
-void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy);
+/// an item twice in one plan. The items that stay have no content digest. `ranks_per_node` is for kSameNode.
+void dedup_save_plans(std::vector<SavePlan>& plans, DedupPolicy policy, size_t ranks_per_node = 0);
 
 /// The read items that fill `dest_chunk` (a box of the tensor `fqn`) from the chunks in `stored`, in the order of the
 /// stored chunks; parts without elements need none. Throws kCorruptData naming the key and a coordinate if the stored
