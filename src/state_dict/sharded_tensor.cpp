@@ -2,6 +2,7 @@
 #include "reshard/state_dict/sharded_tensor.h"
 
 #include "reshard/core/error.h"
+#include "reshard/state_dict/checkpointable.h"
 
 namespace reshard {
 namespace {
@@ -84,6 +85,7 @@ ShardedTensor::ShardedTensor(Dims size, at::ScalarType dtype, std::vector<LocalS
       throw Error(ErrorCode::kInvalidArgument, which + " does not lie inside the tensor",
                   {.wanted = "inside " + to_string(size_)});
     }
+    if (!shard.tensor.defined()) throw Error(ErrorCode::kInvalidArgument, which + " has no tensor");
     if (to_dims(shard.tensor.sizes()) != shard.box.sizes) {
       throw Error(ErrorCode::kInvalidArgument, which + " has a tensor of another shape",
                   {.wanted = to_string(shard.box.sizes), .found = to_string(to_dims(shard.tensor.sizes()))});
@@ -104,6 +106,12 @@ int64_t ShardedTensor::local_numel() const {
   int64_t n = 0;
   for (const LocalShard& shard : shards_) n += shard.tensor.numel();
   return n;
+}
+
+ShardedTensor Checkpointable::as_sharded_tensor() const {
+  std::vector<LocalShard> shards;
+  for (const Box& chunk : chunk_list()) shards.push_back({chunk, tensor_shard(chunk)});
+  return ShardedTensor(size(), dtype(), std::move(shards), requires_grad());
 }
 
 }  // namespace reshard
