@@ -19,4 +19,11 @@ inline std::unique_ptr<Transport> make_transport(std::shared_ptr<ProcessGroup> g
   return std::make_unique<StoreTransport>(*group, silence.value_or(group->timeout()));
 }
 
+/// The deadline on silence that it has.
+inline std::chrono::milliseconds silence_of(std::shared_ptr<ProcessGroup> group,
+                                            std::optional<std::chrono::milliseconds> silence) {
+  if (!group) group = try_default_process_group();
+  return silence.value_or(group ? group->timeout() : ProcessGroupOptions().timeout);
+}
+
 }  // namespace reshard

@@ -7,15 +7,20 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <map>
 #include <optional>
+#include <system_error>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
 
+#include "reshard/core/error.h"
 #include "reshard/core/hooks.h"
 
 namespace reshard {
@@ -97,10 +102,37 @@ std::vector<int64_t> dense_strides(at::IntArrayRef sizes) {
 
 }  // namespace
 
+namespace {
+
+/// `size` bytes of a new file in memory, mapped.
+at::Tensor shared_memory(uint64_t size, std::shared_ptr<const int>& file) {
+  const int fd = memfd_create("reshard staging", MFD_CLOEXEC);
+  if (fd >= 0) {
+    file = std::shared_ptr<const int>(new int(fd), [](const int* held) {
+      close(*held);
+      delete held;
+    });
+  }
+  void* data = fd >= 0 && ftruncate(fd, static_cast<off_t>(size)) == 0
+                   ? mmap(nullptr, std::max<uint64_t>(size, 1), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+                   : MAP_FAILED;
+  if (data == MAP_FAILED) {
+    throw Error(ErrorCode::kIo, "no shared memory to stage in: " + std::generic_category().message(errno),
+                {.wanted = std::to_string(size) + " bytes"});
+  }
+  return at::from_blob(
+      data, {static_cast<int64_t>(size)}, [size](void* mapped) { munmap(mapped, std::max<uint64_t>(size, 1)); },
+      at::kByte);
+}
+
+}  // namespace
+
 void StagingBuffer::reserve(uint64_t size, bool pinned) {
+  pinned = pinned && !shared_;
   if (bytes_.defined() && bytes_.nbytes() >= size && (pinned_ || !pinned)) return;
   bytes_.reset();  // never both
-  bytes_ = at::empty({static_cast<int64_t>(size)}, at::TensorOptions(at::kByte).pinned_memory(pinned));
+  bytes_ = shared_ ? shared_memory(size, file_)
+                   : at::empty({static_cast<int64_t>(size)}, at::TensorOptions(at::kByte).pinned_memory(pinned));
   pinned_ = pinned;
   totals_.bytes_allocated += size;
   ++totals_.allocations;

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "reshard/state_dict/state_dict.h"
@@ -24,7 +25,8 @@ struct StagingTotals {
 /// The memory of one copy.
 class StagingBuffer {
  public:
-  explicit StagingBuffer(StagingTotals& totals) : totals_(totals) {}
+  /// `shared`: in a file in memory, for another process, and never pinned.
+  explicit StagingBuffer(StagingTotals& totals, bool shared = false) : totals_(totals), shared_(shared) {}
   /// Grows to `size` bytes. What was in it is lost.
   void reserve(uint64_t size, bool pinned);
   /// The stream that copies from this device go over.
@@ -32,9 +34,13 @@ class StagingBuffer {
   /// uint8, 1-D.
   const at::Tensor& bytes() const { return bytes_; }
   StagingTotals& totals() { return totals_; }
+  /// Of the file, while the buffer has this size; -1 where it is not shared.
+  int file() const { return file_ ? *file_ : -1; }
 
  private:
   StagingTotals& totals_;
+  bool shared_;
+  std::shared_ptr<const int> file_;  // closes it
   at::Tensor bytes_;
   bool pinned_ = false;
   std::vector<c10::Stream> streams_;

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The command line: options in, one of the commands, an exit code out. 0: well; 1: an error or a failed check, named on
 // stderr; 2: wrong usage (and trouble in `diff`, where 1 is a difference).
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cli/app.h"
 #include "cli/output.h"
+#include "protocol/save_process.h"
 #include "reshard/core/error.h"
 
 namespace {
@@ -28,6 +32,16 @@ std::string message_of(const std::exception& error) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // Not a command for people: how async_save starts a process that makes its saves.
+  if (argc == 2 && std::string_view(argv[1]) == "save-worker") {
+    try {
+      serve_saves(STDIN_FILENO);
+      return 0;
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "reshard save-worker: %s\n", error.what());
+      return 1;
+    }
+  }
   CLI::App app("Looks into sharded checkpoints, converts them, and starts multi-process programs.", "reshard");
   cli::Invocation run;
   cli::define(app, run);

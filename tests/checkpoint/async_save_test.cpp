@@ -119,6 +119,49 @@ struct Everything {
   }
 };
 
+TEST(AsyncSaveTest, AProcessOfItsOwnWritesTheBytesOfABlockingSave) {
+  const TemporaryDirectory dir;
+  Everything values;
+  save(values.state(), FileSystemWriter(dir / "blocking"));
+  const auto stager = std::make_shared<DefaultStager>(StagingOptions{.save_process = RESHARD_CLI});
+  for (const char* name : {"first", "second"}) {
+    const AsyncSaveResponse response = async_save(values.state(), FileSystemWriter(dir / name), {.stager = stager});
+    if (name == std::string("second")) values.overwrite();
+    EXPECT_EQ(response.upload_completion.get().items, 25u);
+    EXPECT_EQ(data_files(dir / name), data_files(dir / "blocking"));
+    const Metadata metadata = FileSystemReader(dir / name).read_metadata();
+    const Metadata blocking = FileSystemReader(dir / "blocking").read_metadata();
+    EXPECT_EQ(metadata.storage_data, blocking.storage_data);
+    EXPECT_EQ(metadata.state_dict_metadata, blocking.state_dict_metadata);
+    EXPECT_EQ(metadata.planner_data, blocking.planner_data);
+    EXPECT_TRUE(verify_checkpoint(dir / name).problems.empty());
+  }
+  EXPECT_EQ(stager->counters().allocations, 1u);
+}
+
+TEST(AsyncSaveTest, AProcessOfItsOwnCannotMakeEverySave) {
+  const TemporaryDirectory dir;
+  const StateDict state{{"a", at::zeros({2})}};
+  const auto stager = std::make_shared<DefaultStager>(StagingOptions{.save_process = RESHARD_CLI});
+  const auto error_with = [&](const FileSystemWriter& writer, AsyncSaveOptions options) {
+    options.stager = stager;
+    return error_of([&] { async_save(state, writer, options).upload_completion.get(); });
+  };
+  const CheckpointError planner =
+      error_with(FileSystemWriter(dir / "a"), {.planner = std::make_shared<DefaultSavePlanner>()});
+  EXPECT_EQ(planner.code(), ErrorCode::kUnsupported);
+  EXPECT_THAT(planner.what(), HasSubstr("default planner only"));
+  FaultFileSystem files;
+  EXPECT_THAT(error_with(FileSystemWriter(dir / "a", {}, files), {}).what(), HasSubstr("file system of this process"));
+  const auto missing = std::make_shared<DefaultStager>(StagingOptions{.save_process = dir / "missing"});
+  const CheckpointError gone =
+      error_of([&] { async_save(state, FileSystemWriter(dir / "a"), {.stager = missing}).upload_completion.get(); });
+  EXPECT_EQ(gone.code(), ErrorCode::kNotFound);
+  EXPECT_THAT(gone.what(), HasSubstr(dir / "missing"));
+  EXPECT_FALSE(std::filesystem::exists(dir / "a"));
+  async_save(state, FileSystemWriter(dir / "a"), {.stager = stager}).upload_completion.get();
+}
+
 TEST(AsyncSaveTest, WritesTheBytesOfABlockingSaveWhateverIsOverwrittenAfterStaging) {
   for (const bool use_async_staging : {false, true}) {
     const TemporaryDirectory dir;
@@ -348,14 +391,17 @@ RESHARD_DEVICE_TEST(AsyncSaveDistributedTest, HoldsTheValuesOfTheMomentWhileTrai
                     .one_gpu_ranks = {1, 2}) {
   const auto world = process_group();
   const int64_t rows = 4 * world_size();
-  for (const bool use_async_staging : {false, true}) {
-    const auto stager = std::make_shared<DefaultStager>(StagingOptions{.use_async_staging = use_async_staging});
+  for (const StagingOptions& staging :
+       {StagingOptions{}, StagingOptions{.use_async_staging = true}, StagingOptions{.save_process = RESHARD_CLI}}) {
+    const bool use_async_staging = staging.use_async_staging;
+    const std::string mode = use_async_staging ? "async" : staging.save_process.empty() ? "thread" : "process";
+    const auto stager = std::make_shared<DefaultStager>(staging);
     at::Tensor replica = counting(1000, 1).to(device());
     const ShardedTensor sharded = rows_of(rows, rank() * 4, rank() * 4 + 4, 0, device());
     const at::Tensor local = sharded.shards()[0].tensor;
     at::Tensor sum = at::zeros({10}, at::TensorOptions(device()));
     for (int step = 0; step < 5; ++step) {
-      const std::string directory = (temp_dir() / (std::to_string(use_async_staging) + std::to_string(step))).string();
+      const std::string directory = (temp_dir() / (mode + std::to_string(step))).string();
       const StateDict state{{"replica", replica},
                             {"tied", replica},
                             {"sharded", sharded},
@@ -373,7 +419,7 @@ RESHARD_DEVICE_TEST(AsyncSaveDistributedTest, HoldsTheValuesOfTheMomentWhileTrai
     EXPECT_EQ(stager->counters().allocations, 1u);
     world->barrier();
     for (int step = 0; step < 5; ++step) {
-      const std::string directory = (temp_dir() / (std::to_string(use_async_staging) + std::to_string(step))).string();
+      const std::string directory = (temp_dir() / (mode + std::to_string(step))).string();
       StateDict target{{"replica", at::zeros({1000}, at::TensorOptions(device()))},
                        {"sharded", rows_of(rows, 0, rows, -1, device())},
                        {"mine", rank_local(None{}, *world)}};

@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "reshard/checkpoint/checkpoint.h"
@@ -32,6 +33,11 @@ struct StagingOptions {
   /// false: async_save returns when the state is staged. true: it returns at once, a thread copies, and the caller may not change
   /// tensors before staging_completion.wait() (and may read them: forward and backward can run meanwhile).
   bool use_async_staging = false;
+  /// Not empty: a process of its own plans, writes and commits the saves (PyTorch's AsyncCheckpointerType.PROCESS): it shares no
+  /// threads, allocator or locks with training, and what kills it leaves training alive. The name of the `reshard`
+  /// command of this version, a path or in PATH; one process a stager, started by the first save. The state is staged in memory that both share,
+  /// which is not pinned. Only for FileSystemWriter on the local file system and the default planner (kUnsupported, to every rank).
+  std::string save_process = {};
 };
 
 /// What a stager did since it was made. Exact, so that tests can gate on it.

@@ -42,6 +42,8 @@ class FileSystemWriter final : public StorageWriter {
                             FileSystem& file_system = local_file_system());
   ~FileSystemWriter() override;
   std::string checkpoint_id() const override { return directory_; }
+  const FileSystemWriterOptions& options() const { return options_; }
+  FileSystem& file_system() const { return file_system_; }
   void begin_save(const std::string& save_id) override;
   std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override;
   std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,
