@@ -160,7 +160,7 @@ RESHARD_DISTRIBUTED_TEST(PassesTest, BrokenPassesLeaveNothingBehind, .ranks = 2)
   set_log_sink(nullptr);
 }
 
-RESHARD_DISTRIBUTED_TEST(PassesTest, PrefetchesWhatCameNextInThePassBefore, .ranks = 2) {
+RESHARD_DEVICE_TEST(PassesTest, PrefetchesWhatCameNextInThePassBefore, .ranks = {2}, .one_gpu_ranks = {2}) {
   const DoublePrecision in_double;
   const auto group = process_group();
   size_t skipped = 9, layer = 0;
@@ -176,6 +176,7 @@ RESHARD_DISTRIBUTED_TEST(PassesTest, PrefetchesWhatCameNextInThePassBefore, .ran
     const auto options = [&](bool prefetch) {
       return FsdpOptions{.process_group = group,
                          .wrap_policy = wrap_by_type<torch::nn::LinearImpl>(),
+                         .device = device(),
                          .layout = layout,
                          .forward_prefetch = prefetch,
                          .backward_prefetch = prefetch,
@@ -186,7 +187,7 @@ RESHARD_DISTRIBUTED_TEST(PassesTest, PrefetchesWhatCameNextInThePassBefore, .ran
     torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.05));
     torch::optim::SGD plain_optimizer(plain.parameters(), torch::optim::SGDOptions(0.05));
     at::manual_seed(63);
-    const at::Tensor batch = at::rand({2, 5});
+    const at::Tensor batch = at::rand({2, 5}).to(device());
     const auto step = [&] {
       const FsdpMemoryStats before = model.memory_stats(), plain_before = plain.memory_stats();
       const uint64_t collectives = group->traffic().collectives;
@@ -231,7 +232,7 @@ RESHARD_DISTRIBUTED_TEST(PassesTest, PrefetchesWhatCameNextInThePassBefore, .ran
     // A pass that breaks off with a gather on its way.
     skipped = 9;
     const at::Tensor out = model(batch);
-    EXPECT_ANY_THROW(model(at::rand({2, 6})));
+    EXPECT_ANY_THROW(model(at::rand({2, 6}).to(device())));
     layer = 0;
     EXPECT_EQ(model(batch).item<double>(), out.item<double>());
     model.reshard();
