@@ -41,6 +41,7 @@ install(FILES
   "${PROJECT_BINARY_DIR}/reshardConfig.cmake"
   "${PROJECT_BINARY_DIR}/reshardConfigVersion.cmake"
   "${CMAKE_CURRENT_LIST_DIR}/FindReshardDeflate.cmake"
+  "${CMAKE_CURRENT_LIST_DIR}/FindReshardZstd.cmake"
   DESTINATION "${_package_dir}")
 if(TARGET reshard)
   install(FILES "${CMAKE_CURRENT_LIST_DIR}/FindReshardTorch.cmake" DESTINATION "${_package_dir}")

@@ -2,8 +2,11 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <unordered_map>
+#include <utility>
 
 #include "cli/commands.h"
 #include "cli/inspect_map.h"
@@ -44,6 +47,46 @@ std::vector<FileSummary> summarize_files(const Metadata& metadata, const std::st
   return files;
 }
 
+/// What the items with one list of stream transforms hold.
+struct TransformSummary {
+  uint64_t items = 0;
+  uint64_t stored_bytes = 0;  // of all of them
+  uint64_t tensor_bytes = 0;  // elements of the tensors among them, and
+  uint64_t stored_tensor_bytes = 0;
+  double ratio() const {
+    return stored_tensor_bytes == 0 ? 1 : static_cast<double>(tensor_bytes) / static_cast<double>(stored_tensor_bytes);
+  }
+};
+
+std::string join(const std::vector<std::string>& descriptors) {
+  std::string joined;
+  for (const std::string& descriptor : descriptors) joined += (joined.empty() ? "" : ", ") + descriptor;
+  return joined;
+}
+
+/// By their descriptors. Nothing for other kinds of checkpoints, whose transforms are no streams.
+std::map<std::string, TransformSummary> summarize_transforms(const Metadata& metadata, CheckpointKind kind) {
+  std::map<std::string, TransformSummary> transforms;
+  if (kind != CheckpointKind::kDcp) return transforms;
+  std::set<std::pair<std::string_view, uint64_t>> seen;  // tied tensors share a place
+  for (const auto& [index, place] : metadata.storage_data) {
+    if (place.transform_descriptors.empty()) continue;
+    if (!seen.emplace(place.relative_path, place.offset).second) continue;
+    TransformSummary& summary = transforms[join(place.transform_descriptors)];
+    ++summary.items;
+    summary.stored_bytes += place.length;
+    const auto* tensor = std::get_if<TensorStorageMetadata>(metadata.state_dict_metadata.find(index.fqn));
+    if (tensor == nullptr) continue;
+    for (const Box& chunk : tensor->chunks) {
+      if (chunk.offsets != index.offset) continue;
+      summary.tensor_bytes +=
+          static_cast<uint64_t>(volume(chunk.sizes)) * static_cast<uint64_t>(element_size(tensor->properties.dtype));
+      summary.stored_tensor_bytes += place.length;
+    }
+  }
+  return transforms;
+}
+
 std::string saver_of(const Metadata& metadata, CheckpointKind kind) {
   if (kind == CheckpointKind::kTorch) return "torch.save";
   if (kind == CheckpointKind::kSafetensors) return "safetensors";
@@ -65,6 +108,15 @@ void print_json(const Metadata& metadata, CheckpointKind kind, const std::vector
   out["version"] = text(metadata.version);
   out["save_id"] = text(metadata.storage_meta ? metadata.storage_meta->save_id : std::nullopt);
   out["sidecars"] = metadata.sidecars ? Json(metadata.sidecars->size()) : Json(nullptr);
+  if (const auto transforms = summarize_transforms(metadata, kind); !transforms.empty()) {
+    Json& json = out["transforms"] = Json::object();
+    for (const auto& [name, summary] : transforms) {
+      json[name] = Json{{"items", summary.items},
+                        {"stored_bytes", summary.stored_bytes},
+                        {"tensor_bytes", summary.tensor_bytes},
+                        {"ratio", summary.ratio()}};
+    }
+  }
   Json tensors = Json::object();
   Json values = Json::object();
   for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
@@ -166,6 +218,11 @@ void print_text(const Metadata& metadata, CheckpointKind kind, const std::vector
               saver_of(metadata, kind).c_str());
   if (metadata.storage_meta && metadata.storage_meta->save_id) {
     std::printf("save id %s\n", printable(*metadata.storage_meta->save_id).c_str());
+  }
+  for (const auto& [name, summary] : summarize_transforms(metadata, kind)) {
+    std::printf("%" PRIu64 " items through %s: tensors of %s in %s, ratio %.2f\n", summary.items,
+                printable(name).c_str(), readable_bytes(summary.tensor_bytes).c_str(),
+                readable_bytes(summary.stored_tensor_bytes).c_str(), summary.ratio());
   }
   std::printf("\n");
   print_table(rows, 3);

@@ -169,6 +169,7 @@ class TakingTurns final : public StorageWriter {
   TakingTurns(FileSystemWriter& writer, Turns& turns) : writer_(writer), turns_(turns) {}
   std::string checkpoint_id() const override { return writer_.checkpoint_id(); }
   void begin_save(const std::string& save_id) override { writer_.begin_save(save_id); }
+  bool places_are_final() const override { return writer_.places_are_final(); }
   std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override {
     return writer_.prepare_global_plan(std::move(plans));
   }

@@ -175,6 +175,7 @@ void ReceiptsDigest::add(const MetadataIndex& index, const StorageInfo& storage)
   out.string(storage.relative_path);
   out.u64(storage.offset);
   out.u64(storage.length);
+  for (const std::string& descriptor : storage.transform_descriptors) out.string(descriptor);
   hash_.update(out.buffer());
 }
 

@@ -354,11 +354,20 @@ ByteSpan TensorArchiveFrame::tail(uint32_t crc) {
   const std::string id = serialization_id(names_hash, contents_hash);
   const uint32_t id_crc = crc32(as_bytes(id));
   std::memcpy(tail_.data() + id_, id.data(), id.size());
-  const auto put = [&](size_t at, uint32_t value) { std::memcpy(tail_.data() + at, &value, sizeof(value)); };
-  if (!empty) put(data_crcs_[0], crc);
-  put(data_crcs_[1], crc);
-  for (const size_t at : id_crcs_) put(at, id_crc);
+  if (!empty) put_crc(data_crcs_[0], crc);
+  put_crc(data_crcs_[1], crc);
+  for (const size_t at : id_crcs_) put_crc(at, id_crc);
   return tail_;
+}
+
+void TensorArchiveFrame::put_crc(size_t at, uint32_t crc) { std::memcpy(tail_.data() + at, &crc, sizeof(crc)); }
+
+bool TensorArchiveFrame::is_tail(ByteSpan found, uint32_t crc) {
+  if (found.size() != tail(crc).size()) return false;
+  const ByteSpan id = found.subspan(id_, kSerializationIdSize);
+  std::ranges::copy(id, tail_.begin() + static_cast<ptrdiff_t>(id_));
+  for (const size_t at : id_crcs_) put_crc(at, crc32(id));
+  return std::ranges::equal(found, tail_);
 }
 
 std::optional<TensorItem> TensorArchiveFrame::match(ByteSpan item) {
@@ -368,7 +377,7 @@ std::optional<TensorItem> TensorArchiveFrame::match(ByteSpan item) {
   const ByteSpan after = item.subspan(payload + size);
   uint32_t crc = 0;
   if (size != 0) std::memcpy(&crc, after.data() + data_crcs_[0], sizeof(crc));
-  if (std::memcmp(after.data(), tail(crc).data(), after.size()) != 0) return std::nullopt;
+  if (!is_tail(after, crc)) return std::nullopt;
   TensorItem found;
   found.dtype = archive_.dtype_;
   found.sizes = archive_.sizes_;

@@ -300,11 +300,17 @@ std::string random_uuid() {
   return text.data();
 }
 
-/// What a vote says: which plan a rank carried out, and which receipts it holds.
+/// What a vote says: which plan a rank carried out, and which receipts it holds. With places that are not final, also
+/// where the items lie.
 struct Vote {
+  struct Place {
+    uint64_t offset = 0;
+    uint64_t length = 0;
+  };
   ShortDigest plan{};
   ShortDigest receipts{};
   std::optional<SidecarDigest> sidecar;
+  std::vector<Place> places;  // of the rank's items
 
   Bytes encode() const {
     ByteWriter out;
@@ -312,6 +318,11 @@ struct Vote {
     out.bytes(receipts);
     out.u8(sidecar.has_value());
     if (sidecar) out.bytes(*sidecar);
+    out.varint(places.size());
+    for (const Place& place : places) {
+      out.varint(place.offset);
+      out.varint(place.length);
+    }
     return out.take();
   }
   static Vote decode(ByteSpan payload) {
@@ -320,6 +331,10 @@ struct Vote {
     std::ranges::copy(in.bytes(sizeof(ShortDigest)), vote.plan.begin());
     std::ranges::copy(in.bytes(sizeof(ShortDigest)), vote.receipts.begin());
     if (in.u8() != 0) std::ranges::copy(in.bytes(sizeof(SidecarDigest)), vote.sidecar.emplace().begin());
+    for (size_t n = in.count(2); n > 0; --n) {
+      const uint64_t offset = in.varint();
+      vote.places.push_back({offset, in.varint()});
+    }
     if (!in.at_end()) throw Error(ErrorCode::kCorruptData, "vote has bytes after its end");
     return vote;
   }
@@ -327,15 +342,38 @@ struct Vote {
 
 /// The save as the coordinator knows it between planning and commit.
 struct CoordinatedSave {
+  /// A rank's items in storage_data, where their places are not final; which of them lie where another one lies.
+  struct Part {
+    size_t first = 0;
+    std::vector<bool> is_shared;
+  };
   std::vector<Vote> expected;  // a rank
+  std::vector<Part> parts;     // the same
   std::vector<std::optional<SidecarDigest>> sidecars;
   Metadata metadata;
   SaveResult result;
 };
 
+/// Puts the places that a rank wrote to into the catalogue, and expects the receipts to say the same.
+void take_places(const Vote& vote, size_t rank, CoordinatedSave& save) {
+  const CoordinatedSave::Part& part = save.parts[rank];
+  ReceiptsDigest receipts;
+  auto item = save.metadata.storage_data.begin() + static_cast<ptrdiff_t>(part.first);
+  for (size_t i = 0; i < vote.places.size(); ++i, ++item) {
+    item->second.offset = vote.places[i].offset;
+    item->second.length = vote.places[i].length;
+    receipts.add(item->first, item->second);
+    if (!part.is_shared[i]) save.result.bytes_written += item->second.length;
+  }
+  save.expected[rank].receipts = shorten(receipts.finish());
+}
+
 /// Takes a rank's vote. Every item that the commit will name has been written where it will say, or the rank that did
 /// not is named.
 void take_vote(const Vote& vote, int rank, CoordinatedSave& save) {
+  if (!vote.places.empty() && vote.places.size() == save.parts[static_cast<size_t>(rank)].is_shared.size()) {
+    take_places(vote, static_cast<size_t>(rank), save);
+  }
   const Vote& expected = save.expected[static_cast<size_t>(rank)];
   save.sidecars[static_cast<size_t>(rank)] = vote.sidecar;
   if (vote.plan == expected.plan && vote.receipts == expected.receipts) return;
@@ -419,18 +457,26 @@ struct LocalPlans {
 };
 
 /// Keeps what is needed to judge the vote of rank `r` and to commit what it writes.
-void expect_part(size_t r, const SavePlan& plan, const ShortDigest& plan_digest, CoordinatedSave& save) {
+void expect_part(size_t r, const SavePlan& plan, const ShortDigest& plan_digest, const StorageWriter& writer,
+                 CoordinatedSave& save) {
   ReceiptsDigest receipts;
+  CoordinatedSave::Part& part = save.parts[r];
+  part.first = save.metadata.storage_data.size();
   for (size_t i = 0; i < plan.items.size(); ++i) {
     receipts.add(plan.items[i].index, plan.storage[i]);
     if (!save.metadata.storage_data.insert(plan.items[i].index, plan.storage[i])) {
       throw Error(ErrorCode::kInternal, "an item is written twice", {.key = to_string(plan.items[i].index)});
     }
     const auto tied_to = plan.items[i].tied_to;
-    if (!tied_to || plan.storage[i] != plan.storage[*tied_to]) save.result.bytes_written += plan.storage[i].length;
+    const bool is_shared = tied_to && plan.storage[i] == plan.storage[*tied_to];
+    if (!writer.places_are_final()) {
+      part.is_shared.push_back(is_shared);
+    } else if (!is_shared) {
+      save.result.bytes_written += plan.storage[i].length;
+    }
   }
   save.result.items += plan.items.size();
-  save.expected[r] = {plan_digest, shorten(receipts.finish()), std::nullopt};
+  save.expected[r] = {plan_digest, shorten(receipts.finish()), std::nullopt, {}};
 }
 
 /// The catalogue of the save, as yet without storage_data.
@@ -444,6 +490,7 @@ void begin_catalogue(Metadata metadata, const std::vector<SavePlan>& plans, cons
   for (const SavePlan& plan : plans) items += plan.items.size();
   save.metadata.storage_data.reserve(items);
   save.expected.resize(plans.size());
+  save.parts.resize(plans.size());
   save.sidecars.resize(plans.size());
 }
 
@@ -488,7 +535,7 @@ std::vector<Bytes> plan_globally(LocalPlans local, SavePlanner& planner, Storage
     plan.planner_data = {};  // is in the catalogue; no rank needs it to write
     answers[r] = encode_part(save.result.save_id, plan, kept != nullptr ? &shared[r] : nullptr);
     const ShortDigest digest = shorten(Sha256::of(answers[r]));
-    expect_part(r, plan, digest, save);
+    expect_part(r, plan, digest, writer, save);
     if (kept != nullptr) {
       Kept::Rank& rank = kept->ranks[r];
       rank = {*local.structures[r], digest, {}};
@@ -527,7 +574,7 @@ std::optional<std::vector<Bytes>> plan_again(Kept& kept, StorageWriter& writer, 
     if (before[r] != plan.storage) return std::nullopt;
     before[r] = {};
     answers[r] = encode_new_names(save.result.save_id, names);
-    expect_part(r, plan, digest_of_reused(kept.ranks[r].answer, answers[r]), save);
+    expect_part(r, plan, digest_of_reused(kept.ranks[r].answer, answers[r]), writer, save);
     transport.heartbeat();
   }
   own = kept.plans[0];
@@ -676,7 +723,10 @@ SaveResult save(Star& star, Transport& transport, const SaveState& state, SavePl
     const std::vector<WriteResult> results = writer.write_data(plan, planner, context);
     test_point("save.written");
     ReceiptsDigest receipts;
-    for (const WriteResult& result : results) receipts.add(result.index, result.storage);
+    for (const WriteResult& result : results) {
+      receipts.add(result.index, result.storage);
+      if (!writer.places_are_final()) vote.places.push_back({result.storage.offset, result.storage.length});
+    }
     vote.receipts = shorten(receipts.finish());
     vote.sidecar = writer.sidecar_digest();
     if (star.is_coordinator()) take_vote(vote, 0, coordinated);

@@ -25,14 +25,20 @@ class ArchiveFrames {
     return frames_.try_emplace({dtype, sizes}, TensorArchive(dtype, sizes, {.alignment = alignment_})).first->second;
   }
 
+  /// Null for what cannot be saved (quantized, overflowing sizes). Valid until the next call.
+  TensorArchiveFrame* find(DType dtype, const Dims& sizes) {
+    try {
+      return &get(dtype, sizes);
+    } catch (const Error&) {
+      return nullptr;
+    }
+  }
+
   /// TensorArchiveFrame::match() with the frame of what a catalogue says. Nothing also where that cannot be saved
   /// (quantized, overflowing sizes): parsing the item names what is wrong with it.
   std::optional<TensorItem> match(DType dtype, const Dims& sizes, ByteSpan item) {
-    try {
-      return get(dtype, sizes).match(item);
-    } catch (const Error&) {
-      return std::nullopt;
-    }
+    TensorArchiveFrame* frame = find(dtype, sizes);
+    return frame != nullptr ? frame->match(item) : std::nullopt;
   }
 
  private:

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Reads what a plan wants and nothing else. Items are taken file by file in the order of their offsets, each in one of
-// three ways:
+// four ways:
 //
 //   packed    small and wanted whole: neighbours are read together, then parsed and copied from memory
 //   direct    row-major elements: the byte runs of the wanted box go straight to their places
 //   staged    anything else (stored transposed or lazily conjugated; a destination of tiny runs): through a buffer
+//   decoded   with a stream transform: front to back through a buffer, up to the last element that is wanted
 #include <algorithm>
 #include <span>
 #include <utility>
@@ -18,13 +19,15 @@
 #include "storage/archive_frames.h"
 #include "storage/direct_reader.h"
 #include "storage/stored_items.h"
+#include "storage/transformed_item.h"
 
 namespace reshard {
 namespace {
 
-constexpr uint64_t kPackedItem = 64 << 10;  // longest item that is read packed
-constexpr uint64_t kPackedRead = 4 << 20;   // most bytes, and
-constexpr uint64_t kPackedGap = 4 << 10;    // longest gap of a packed read
+constexpr uint64_t kPackedItem = 64 << 10;   // longest item that is read packed
+constexpr uint64_t kPackedRead = 4 << 20;    // most bytes, and
+constexpr uint64_t kPackedGap = 4 << 10;     // longest gap of a packed read
+constexpr uint64_t kDecodedBlock = 1 << 20;  // elements decoded at a time
 
 /// The item's bytes in its file.
 class FileSource final : public ByteSource {
@@ -59,17 +62,36 @@ void deliver(const TensorItem& item, ByteSpan payload, const Box& region, const 
                element_size(item.dtype));
 }
 
+/// Copies those elements of `region` that are among the elements [begin, begin + n) of a row-major item of `sizes`.
+void scatter(ByteSpan elements, int64_t begin, const Dims& sizes, const Box& region, const MutableTensorView& view) {
+  const int64_t size = element_size(view.dtype);
+  const Dims strides = contiguous_strides(sizes);
+  const int64_t end = begin + static_cast<int64_t>(elements.size()) / size;
+  for (const Box& box : flat_range_to_boxes(sizes, begin, end)) {
+    const auto part = intersect(box, region);
+    if (!part) continue;
+    int64_t from = -begin;
+    int64_t to = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      from += part->offsets[d] * strides[d];
+      to += (part->offsets[d] - region.offsets[d]) * view.strides[d];
+    }
+    copy_strided(elements.data() + from * size, strides, view.data + to * size, view.strides, part->sizes, size);
+  }
+}
+
 /// One load's walk over one data file.
 class FileLoad {
  public:
-  /// `sums`: null where there are none.
-  FileLoad(const RandomAccessFile& file, const SidecarFile* sums, LoadPlanner& planner,
-           const FileSystemReaderOptions& options, ReadCounters& counters, std::function<void(uint64_t)> on_read)
-      : file_(file, sums, counters),
+  FileLoad(std::shared_ptr<const SharedFile> file, LoadPlanner& planner, const FileSystemReaderOptions& options,
+           ReadCounters& counters, PartlyRead& partly_read, std::function<void(uint64_t)> on_read)
+      : shared_(std::move(file)),
+        file_(shared_->counted()),
         verify_records_(options.verify_checksums && !file_.is_checked()),
         planner_(planner),
         options_(options),
         counters_(counters),
+        partly_read_(partly_read),
         on_read_(std::move(on_read)) {}
 
   /// `items` in order of offset.
@@ -85,7 +107,10 @@ class FileLoad {
       }
     }
     for (size_t i = 0; i < items.size();) {
-      if (is_packable(items[i])) {
+      if (!items[i].place->transform_descriptors.empty()) {
+        in_context(items[i], [&] { read_transformed(items[i]); });
+        ++i;
+      } else if (is_packable(items[i])) {
         i += read_packed(items.subspan(i));
       } else {
         in_context(items[i], [&] { read_one(items[i]); });
@@ -106,7 +131,7 @@ class FileLoad {
   }
 
   static bool is_packable(const Stored& stored) {
-    return stored.place->length <= kPackedItem &&
+    return stored.place->length <= kPackedItem && stored.place->transform_descriptors.empty() &&
            (stored.tensor == nullptr || stored.wanted_bytes >= stored.element_bytes);
   }
 
@@ -208,6 +233,72 @@ class FileLoad {
     }
   }
 
+  TransformedItem decode(const Stored& stored, uint64_t limit) const {
+    return {shared_, *stored.place, options_.extension_registry, limit};
+  }
+
+  void read_transformed(const Stored& stored) {
+    if (stored.tensor == nullptr) {
+      const Bytes bytes = decode(stored, options_.max_transformed_value_bytes).read_rest();
+      within_decoded_item([&] { take_value(stored, bytes); });
+      on_read_(stored.place->length);
+      return;
+    }
+    if (!stream_transformed(stored)) {
+      const Bytes bytes = decode(stored, largest_archive(stored.element_bytes)).read_rest();
+      within_decoded_item([&] { take_packed(stored, bytes); });
+    }
+    on_read_(stored.wanted_bytes);
+  }
+
+  /// False if the item has to be read whole; nothing is committed then.
+  bool stream_transformed(const Stored& stored) {
+    const DType dtype = stored.tensor->properties.dtype;
+    const Dims& sizes = stored.chunk->sizes;
+    TensorArchiveFrame* frame = frames_.find(dtype, sizes);
+    if (frame == nullptr) return false;
+    TensorItem dense;
+    dense.dtype = dtype;
+    dense.sizes = sizes;
+    dense.strides = contiguous_strides(sizes);
+    ByteRange range{stored.element_bytes, 0};  // of all that is wanted
+    for (const ReadItem* want : stored.wants) {
+      const ByteRange wanted = payload_range(dense, {want->storage_offsets, want->lengths});
+      range = {std::min(range.begin, wanted.begin), std::max(range.end, wanted.end)};
+    }
+    auto elements = partly_read_.take(*stored.place, range.begin);
+    if (!elements) {
+      auto opened = TransformedTensor::open(decode(stored, largest_archive(stored.element_bytes)), *frame,
+                                            options_.verify_checksums);
+      if (!opened) return false;
+      elements.emplace(std::move(*opened));
+    }
+    std::vector<MutableTensorView> views;
+    views.reserve(stored.wants.size());
+    for (const ReadItem* want : stored.wants) views.push_back(resolve_destination(planner_, *want, dtype));
+    while (elements->position() < range.end) {
+      const uint64_t begin = elements->position();
+      block_.resize(static_cast<size_t>(std::min(range.end - begin, kDecodedBlock)));
+      elements->read(block_);
+      counters_.bytes_payload += block_.size();
+      on_read_(0);
+      if (dtype == DType::kBool) normalize_bools(block_);
+      if (begin + block_.size() <= range.begin) continue;
+      for (size_t i = 0; i < views.size(); ++i) {
+        scatter(block_, static_cast<int64_t>(begin) / element_size(dtype), sizes,
+                {stored.wants[i]->storage_offsets, stored.wants[i]->lengths}, views[i]);
+      }
+    }
+    counters_.bytes_staged += stored.wanted_bytes;
+    if (elements->position() < stored.element_bytes) {
+      partly_read_.put(std::move(*elements));
+    } else if (options_.verify_checksums && !elements->ends_well(*frame)) {
+      return false;
+    }
+    for (size_t i = 0; i < views.size(); ++i) planner_.commit_tensor(*stored.wants[i], views[i]);
+    return true;
+  }
+
   static void check(const Stored& stored, const TensorItem& item, bool verify, PayloadSum& sum) {
     if (!verify) return;
     const auto crc = sum.whole(stored.place->offset + item.payload_offset, item.payload_size);
@@ -225,20 +316,23 @@ class FileLoad {
     return item;
   }
 
-  CountedFile file_;
+  const std::shared_ptr<const SharedFile> shared_;
+  const CountedFile& file_;
   const bool verify_records_;  // by their zip CRC-32
   LoadPlanner& planner_;
   const FileSystemReaderOptions& options_;
   ReadCounters& counters_;
+  PartlyRead& partly_read_;
   std::function<void(uint64_t)> on_read_;
   ArchiveFrames frames_{TensorArchiveOptions{}.alignment};
   Bytes packed_;
+  Bytes block_;
 };
 
 }  // namespace
 
 FileSystemReader::FileSystemReader(std::string directory, FileSystemReaderOptions options, FileSystem& file_system)
-    : directory_(std::move(directory)), options_(options), file_system_(file_system) {}
+    : directory_(std::move(directory)), options_(std::move(options)), file_system_(file_system) {}
 
 FileSystemReader::~FileSystemReader() = default;
 
@@ -268,6 +362,7 @@ void FileSystemReader::set_up_storage_reader(const Metadata& metadata) {
   metadata_ = &metadata;
   sidecars_ = std::make_unique<Sidecars>(directory_, file_system_, metadata);
   counters_ = {};
+  partly_read_ = std::make_unique<PartlyRead>();
 }
 
 void FileSystemReader::read_data(const LoadPlan& plan, LoadPlanner& planner, const StorageContext& context) {
@@ -275,7 +370,9 @@ void FileSystemReader::read_data(const LoadPlan& plan, LoadPlanner& planner, con
     throw Error(ErrorCode::kFailedPrecondition, "read_data before set_up_storage_reader", {.rank = context.rank});
   }
   with_error_context({.rank = context.rank}, [&] {
-    const StoredItems items(plan, *metadata_, planner);
+    const StoredItems items(plan, *metadata_, planner, [&](const std::vector<std::string>& descriptors) {
+      options_.extension_registry.from_descriptor_list(descriptors);
+    });
     counters_.bytes_needed += items.bytes_wanted();
     const uint64_t total = items.bytes_planned();
     uint64_t done = 0;
@@ -285,14 +382,16 @@ void FileSystemReader::read_data(const LoadPlan& plan, LoadPlanner& planner, con
     };
     items.for_each_file([&](const std::string& path, std::span<const Stored> of_file) {
       const ErrorContext context_of_file{.key = of_file[0].index->fqn, .file = path};
-      const auto file =
-          with_error_context(context_of_file, [&] { return file_system_.open_beneath(directory_, path); });
+      auto file = with_error_context(context_of_file, [&] { return file_system_.open_beneath(directory_, path); });
       const SidecarFile* sums = with_error_context(
           context_of_file, [&] { return options_.verify_checksums ? sidecars_->of_file(path) : nullptr; });
       counters_.bytes_sidecars = sidecars_->bytes_read();
-      auto load = with_error_context(context_of_file,
-                                     [&] { return FileLoad(*file, sums, planner, options_, counters_, on_read); });
-      load.read(of_file);
+      const bool transformed = std::ranges::any_of(
+          of_file, [](const Stored& stored) { return !stored.place->transform_descriptors.empty(); });
+      auto shared = with_error_context(context_of_file, [&] {
+        return std::make_shared<const SharedFile>(std::move(file), sums, transformed, counters_);
+      });
+      FileLoad(std::move(shared), planner, options_, counters_, *partly_read_, on_read).read(of_file);
     });
   });
 }

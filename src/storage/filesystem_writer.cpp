@@ -8,6 +8,9 @@
 //   4. finish          writes the catalogue beside the old one, syncs it, renames it over, syncs the directory
 //   5.                 removes what only the old catalogue named
 //
+// With stream transforms (compression) the lengths of items, and so their offsets, are known when they are written: step 1
+// guesses, and the receipts of step 3 say where they are.
+//
 // A crash before the rename of step 4 leaves the old checkpoint and unreferenced files; after it, the new checkpoint
 // and perhaps files of the old one that nobody reads.
 #include <algorithm>
@@ -38,6 +41,7 @@ constexpr uint64_t kCopyBytes = 16 << 10;   // shorter parts are copied together
 constexpr uint64_t kCrcBytes = 256 << 10;   // of a large part: summed and written while in the core's own cache
 constexpr uint64_t kEarlyBytes = 16 << 20;  // written before the device is asked to begin with them
 constexpr uint64_t kSyncBytes = 64 << 20;   // sent to the device between two signs of progress
+constexpr size_t kMostExtensions = 16;      // that a catalogue may name
 
 uint64_t tensor_bytes(const WriteItem& item) {
   return static_cast<uint64_t>(volume(item.chunk.sizes)) * static_cast<uint64_t>(element_size(item.properties.dtype));
@@ -83,8 +87,23 @@ std::vector<Bucket> fill_buckets(const std::vector<WriteItem>& items, const File
   return buckets;
 }
 
+/// What the catalogue says of the extensions: the one that the data passes first comes first.
+std::vector<std::string> descriptors_of(const StreamTransformExtensions& extensions) {
+  std::vector<std::string> descriptors;
+  for (size_t i = extensions.size(); i-- > 0;) descriptors.push_back(extensions[i]->get_descriptor());
+  return descriptors;
+}
+
+std::string join(const std::vector<std::string>& descriptors) {
+  std::string joined;
+  for (const std::string& descriptor : descriptors) joined += (joined.empty() ? "" : ", ") + descriptor;
+  return joined.empty() ? "none" : joined;
+}
+
+/// With extensions: places as if there were none, for the order and the shares of the work.
 void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const FileSystemWriterOptions& options,
                  ArchiveFrames& frames) {
+  const std::vector<std::string> descriptors = descriptors_of(options.extensions);
   plan.storage.assign(plan.items.size(), {});
   int64_t number = first_file_number;
   for (const Bucket& bucket : fill_buckets(plan.items, options)) {
@@ -99,6 +118,7 @@ void place_items(SavePlan& plan, size_t rank, int64_t first_file_number, const F
       place.length = item.type == WriteItemType::kByteIo
                          ? item.length
                          : frames.get(item.properties.dtype, item.chunk.sizes).archive().length();
+      place.transform_descriptors = descriptors;
       end = checked_add(place.offset, place.length, "size of a data file");
     }
   }
@@ -222,6 +242,27 @@ uint32_t add_payload(GatheringWriter& out, const TensorView& view, uint64_t size
   throw Error(ErrorCode::kInternal, std::string(what) + " is not as planned", {.wanted = wanted, .found = found});
 }
 
+/// A value, as long as planned.
+ByteSpan value_of(const WriteItem& item, const StorageInfo& place, const SavePlanner& planner) {
+  const ByteSpan value = planner.resolve_bytes(item);
+  if (value.size() != place.length) {
+    disagree("length of a value", std::to_string(place.length), std::to_string(value.size()));
+  }
+  return value;
+}
+
+/// A tensor, dtype and shape as planned.
+TensorView view_of(const WriteItem& item, const SavePlanner& planner) {
+  const TensorView view = planner.resolve_tensor(item);
+  if (view.dtype != item.properties.dtype) {
+    disagree("dtype of a tensor", std::string(to_string(item.properties.dtype)), std::string(to_string(view.dtype)));
+  }
+  if (view.sizes != item.chunk.sizes) {
+    disagree("shape of a tensor", to_string(item.chunk.sizes), to_string(view.sizes));
+  }
+  return view;
+}
+
 void write_item(GatheringWriter& out, const WriteItem& item, const StorageInfo& place, const SavePlanner& planner,
                 ArchiveFrames& frames) {
   out.pad_to(place.offset);
@@ -229,27 +270,74 @@ void write_item(GatheringWriter& out, const WriteItem& item, const StorageInfo& 
     disagree("place of an item", std::to_string(place.offset), std::to_string(out.position()));
   }
   if (item.type == WriteItemType::kByteIo) {
-    const ByteSpan value = planner.resolve_bytes(item);
-    if (value.size() != place.length) {
-      disagree("length of a value", std::to_string(place.length), std::to_string(value.size()));
-    }
-    out.add(value);
+    out.add(value_of(item, place, planner));
     return;
   }
-  const TensorView view = planner.resolve_tensor(item);
+  const TensorView view = view_of(item, planner);
   TensorArchiveFrame& frame = frames.get(item.properties.dtype, item.chunk.sizes);
-  if (view.dtype != item.properties.dtype) {
-    disagree("dtype of a tensor", std::string(to_string(item.properties.dtype)), std::string(to_string(view.dtype)));
-  }
-  if (view.sizes != item.chunk.sizes) {
-    disagree("shape of a tensor", to_string(item.chunk.sizes), to_string(view.sizes));
-  }
   if (frame.archive().length() != place.length) {
     disagree("length of an item", std::to_string(place.length), std::to_string(frame.archive().length()));
   }
   out.keep(view.owner);
   out.add_copy(frame.head());
   out.add_copy(frame.tail(add_payload(out, view, frame.archive().payload_size())));
+}
+
+/// The elements of a view, row-major, in pieces of a few MiB.
+template <class Fn>
+void for_each_piece(const TensorView& view, uint64_t size, const Fn& fn) {
+  if (!is_contiguous(view.sizes, view.strides)) return for_each_dense_block(view, kWriteBytes, fn);
+  for (ByteSpan left(view.data, static_cast<size_t>(size)); !left.empty();) {
+    const ByteSpan piece = left.first(std::min<size_t>(left.size(), kWriteBytes));
+    fn(piece);
+    left = left.subspan(piece.size());
+  }
+}
+
+/// The end of a chain of transforms.
+class FileStream final : public OutputStream {
+ public:
+  explicit FileStream(GatheringWriter& out) : out_(out) {}
+  void write(ByteSpan bytes) override { out_.add_copy(bytes); }
+  void finish() override {}
+
+ private:
+  GatheringWriter& out_;
+};
+
+/// Writes an item through the extensions, right after the one before; returns where it lies. `on_bytes` gets the bytes
+/// that went in.
+StorageInfo write_transformed(GatheringWriter& out, const WriteItem& item, StorageInfo place,
+                              const SavePlanner& planner, ArchiveFrames& frames,
+                              const StreamTransformExtensions& extensions,
+                              const std::function<void(uint64_t)>& on_bytes) {
+  place.offset = out.position();
+  FileStream file(out);
+  std::vector<std::unique_ptr<OutputStream>> streams;
+  for (const auto& extension : extensions) {
+    streams.push_back(extension->transform_to(streams.empty() ? file : *streams.back()));
+  }
+  OutputStream& to = *streams.back();
+  if (item.type == WriteItemType::kByteIo) {
+    to.write(value_of(item, place, planner));
+  } else {
+    const TensorView view = view_of(item, planner);
+    TensorArchiveFrame& frame = frames.get(item.properties.dtype, item.chunk.sizes);
+    const uint64_t size = frame.archive().payload_size();
+    uint32_t crc = 0;
+    to.write(frame.head());
+    for_each_piece(view, size, [&](const auto& piece) {
+      crc = crc32(piece, crc);
+      to.write(piece);
+      on_bytes(piece.size());
+    });
+    to.write(frame.tail(crc));
+    place.length -= size;  // what is left to count
+  }
+  on_bytes(place.length);
+  for (size_t i = streams.size(); i-- > 0;) streams[i]->finish();
+  place.length = out.position() - place.offset;
+  return place;
 }
 
 /// The items of one data file, by offset.
@@ -315,7 +403,7 @@ void warn_of_failure(const char* what) noexcept {
 }  // namespace
 
 FileSystemWriter::FileSystemWriter(std::string directory, FileSystemWriterOptions options, FileSystem& file_system)
-    : directory_(std::move(directory)), options_(options), file_system_(file_system) {
+    : directory_(std::move(directory)), options_(std::move(options)), file_system_(file_system) {
   if (options_.thread_count < 1) {
     throw Error(ErrorCode::kInvalidArgument, "thread_count of a FileSystemWriter",
                 {.wanted = "1 or more", .found = std::to_string(options_.thread_count)});
@@ -323,6 +411,12 @@ FileSystemWriter::FileSystemWriter(std::string directory, FileSystemWriterOption
   if (options_.storage_alignment == 0 || (options_.storage_alignment & (options_.storage_alignment - 1)) != 0) {
     throw Error(ErrorCode::kInvalidArgument, "storage_alignment of a FileSystemWriter",
                 {.wanted = "a power of two", .found = std::to_string(options_.storage_alignment)});
+  }
+  if (options_.extensions.size() > kMostExtensions || std::ranges::count(options_.extensions, nullptr) != 0) {
+    throw Error(ErrorCode::kInvalidArgument, "extensions of a FileSystemWriter",
+                {.wanted = "at most " + std::to_string(kMostExtensions) + ", none of them null",
+                 .found = std::to_string(options_.extensions.size()) + ", " +
+                          std::to_string(std::ranges::count(options_.extensions, nullptr)) + " of them null"});
   }
 }
 
@@ -373,6 +467,7 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
   written_.clear();
   sidecar_digest_.reset();
   uint64_t total = 0;
+  const std::vector<std::string> descriptors = descriptors_of(options_.extensions);
   std::vector<WriteResult> results(plan.items.size());
   for (size_t i = 0; i < plan.items.size(); ++i) {
     if (const auto tied_to = plan.items[i].tied_to) {
@@ -380,9 +475,13 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
       if (plan.storage[i] != plan.storage[*tied_to]) {
         disagree("place of a tied item", to_string(plan.items[*tied_to].index), to_string(plan.items[i].index));
       }
-      results[i] = {plan.items[i].index, plan.storage[i]};
     } else {
       total += plan.storage[i].length;
+      if (plan.storage[i].transform_descriptors != descriptors) {
+        throw Error(
+            ErrorCode::kFailedPrecondition, "the extensions of this rank's writer are not those of rank 0's",
+            {.rank = context.rank, .wanted = join(plan.storage[i].transform_descriptors), .found = join(descriptors)});
+      }
     }
   }
   const std::vector<FileJob> jobs = jobs_of(plan);
@@ -409,14 +508,23 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
   const auto write_file = [&](size_t number) {
     const FileJob& job = jobs[number];
     const auto file = create(job.name);
-    GatheringWriter out(*file, options_.sync_files, on_written);
+    // Progress counts what goes into transforms: what comes out is not known before.
+    const bool transformed = !options_.extensions.empty();
+    GatheringWriter out(*file, options_.sync_files, [&](uint64_t bytes) { on_written(transformed ? 0 : bytes); });
     ArchiveFrames frames(options_.storage_alignment);
     for (const size_t i : job.items) {
       const WriteItem& item = plan.items[i];
       const StorageInfo& place = plan.storage[i];
-      with_error_context([&] { return ErrorContext{.key = item.index.fqn, .file = job.name}; },
-                         [&] { write_item(out, item, place, planner, frames); });
       results[i] = {item.index, place};
+      with_error_context([&] { return ErrorContext{.key = item.index.fqn, .file = job.name}; },
+                         [&] {
+                           if (transformed) {
+                             results[i].storage =
+                                 write_transformed(out, item, place, planner, frames, options_.extensions, on_written);
+                           } else {
+                             write_item(out, item, place, planner, frames);
+                           }
+                         });
     }
     out.flush();
     sidecar.files[number] = out.finish_sums(job.name);
@@ -444,6 +552,9 @@ std::vector<WriteResult> FileSystemWriter::write_data(const SavePlan& plan, cons
     if (options_.sync_files) file_system_.sync_directory(directory_);
     sidecar_digest_ = reshard::sidecar_digest(bytes);
   });
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    if (const auto tied_to = plan.items[i].tied_to) results[i] = {plan.items[i].index, results[*tied_to].storage};
+  }
   return results;
 }
 

@@ -229,7 +229,9 @@ void HuggingFaceStorageReader::read_data(const LoadPlan& plan, LoadPlanner& plan
     throw Error(ErrorCode::kFailedPrecondition, "read_data before set_up_storage_reader", {.rank = context.rank});
   }
   with_error_context({.rank = context.rank}, [&] {
-    const StoredItems items(plan, *metadata_, planner);
+    const StoredItems items(plan, *metadata_, planner, [](const std::vector<std::string>& descriptors) {
+      throw Error(ErrorCode::kUnsupported, "item is stored with a stream transform", {.found = descriptors.back()});
+    });
     counters_.bytes_needed += items.bytes_wanted();
     uint64_t done = 0;
     const std::function<void(uint64_t)> on_read = [&](uint64_t bytes) {

@@ -26,10 +26,6 @@ Stored stored_at(const Metadata& metadata, size_t position) {
   stored.index = &key;
   stored.place = &place;
   stored.tensor = std::get_if<TensorStorageMetadata>(entry);
-  if (!place.transform_descriptors.empty()) {
-    throw Error(ErrorCode::kUnsupported, "item is stored with a stream transform",
-                {.key = index.fqn, .file = place.relative_path, .found = place.transform_descriptors.back()});
-  }
   if (stored.tensor != nullptr) {
     stored.chunk = find_chunk(*stored.tensor, key);
     if (stored.chunk == nullptr) {
@@ -43,7 +39,8 @@ Stored stored_at(const Metadata& metadata, size_t position) {
 
 }  // namespace
 
-StoredItems::StoredItems(const LoadPlan& plan, const Metadata& metadata, LoadPlanner& planner) {
+StoredItems::StoredItems(const LoadPlan& plan, const Metadata& metadata, LoadPlanner& planner,
+                         const std::function<void(const std::vector<std::string>&)>& check_transforms) {
   // What is wanted of each stored item, in the plan's order.
   std::vector<std::pair<size_t, const ReadItem*>> numbered;
   numbered.reserve(plan.items.size());
@@ -65,6 +62,11 @@ StoredItems::StoredItems(const LoadPlan& plan, const Metadata& metadata, LoadPla
   for (size_t begin = 0, end = 0; begin < numbered.size(); begin = end) {
     while (end < numbered.size() && numbered[end].first == numbered[begin].first) ++end;
     Stored stored = stored_at(metadata, numbered[begin].first);
+    if (!stored.place->transform_descriptors.empty()) {
+      with_error_context(
+          {.key = stored.index->fqn, .file = stored.place->relative_path, .offset = stored.place->offset},
+          [&] { check_transforms(stored.place->transform_descriptors); });
+    }
     stored.wants = std::span(wants_).subspan(begin, end - begin);
     if (stored.tensor == nullptr) bytes_planned_ += stored.place->length;
     for (const ReadItem* want : stored.wants) {

@@ -26,8 +26,10 @@ struct Stored {
 /// The items that a plan needs, by file and offset.
 class StoredItems {
  public:
-  /// Commits what has no elements, which nothing is read for. Throws kCorruptData for what the catalogue lacks.
-  StoredItems(const LoadPlan& plan, const Metadata& metadata, LoadPlanner& planner);
+  /// Commits what has no elements, which nothing is read for. Throws kCorruptData for what the catalogue lacks;
+  /// what `check_transforms` throws of an item with a stream transform gets the item's place.
+  StoredItems(const LoadPlan& plan, const Metadata& metadata, LoadPlanner& planner,
+              const std::function<void(const std::vector<std::string>&)>& check_transforms);
   StoredItems(const StoredItems&) = delete;
   StoredItems& operator=(const StoredItems&) = delete;
 

@@ -16,13 +16,16 @@
 #include "reshard/storage/filesystem.h"
 #include "reshard/storage/hugging_face.h"
 #include "reshard/storage/torch_save_reader.h"
+#include "storage/archive_frames.h"
 #include "storage/checked_file.h"
 #include "storage/chunks.h"
+#include "storage/transformed_item.h"
 
 namespace reshard {
 namespace {
 
 constexpr uint64_t kScanBytes = 4 << 20;
+constexpr uint64_t kDecodedBytes = 1 << 20;
 
 struct Item {
   const MetadataIndex* index;
@@ -44,8 +47,9 @@ class FileRange final : public ByteSource {
 
 class Verifier {
  public:
-  Verifier(const std::string& directory, FileSystem& file_system, const ProgressFn& progress)
-      : directory_(directory), file_system_(file_system), progress_(progress) {}
+  Verifier(const std::string& directory, FileSystem& file_system, const ProgressFn& progress,
+           const FileSystemReaderOptions& options)
+      : directory_(directory), file_system_(file_system), progress_(progress), options_(options) {}
 
   VerifyReport run() {
     metadata_ = FileSystemReader(directory_, {}, file_system_).read_metadata();
@@ -127,9 +131,11 @@ class Verifier {
   void check_file(const std::string& path, std::vector<Item>& items, const SidecarFile* sums) {
     guard({.key = items.front().index->fqn, .file = path}, [&] {
       std::ranges::stable_sort(items, {}, [](const Item& item) { return item.place->offset; });
-      const auto file = file_system_.open_beneath(directory_, path);
-      const bool intact = sums == nullptr || check_blocks(*file, *sums, path, items);
-      check_items(*file, path, items, intact);
+      auto opened = file_system_.open_beneath(directory_, path);
+      const RandomAccessFile& file = *opened;
+      const bool intact = sums == nullptr || check_blocks(file, *sums, path, items);
+      shared_ = std::make_shared<const SharedFile>(std::move(opened), nullptr, false, counters_);
+      check_items(file, path, items, intact);
     });
   }
 
@@ -191,16 +197,41 @@ class Verifier {
   }
 
   void check_item(const RandomAccessFile& file, const Item& item) {
-    if (!item.place->transform_descriptors.empty()) {
-      throw Error(ErrorCode::kUnsupported, "item is stored with a stream transform",
-                  {.found = item.place->transform_descriptors.back()});
-    }
-    const FileRange source(file, *item.place);
-    unsummed_ += verify_archive(source).without_crc;
     const StorageMetadata* entry = metadata_.state_dict_metadata.find(item.index->fqn);
-    if (const auto* tensor = entry != nullptr ? std::get_if<TensorStorageMetadata>(entry) : nullptr) {
+    const auto* tensor = entry != nullptr ? std::get_if<TensorStorageMetadata>(entry) : nullptr;
+    const Box* chunk = tensor != nullptr ? find_chunk(*tensor, *item.index) : nullptr;
+    if (item.place->transform_descriptors.empty()) {
+      check_archive(FileRange(file, *item.place), tensor, chunk);
+    } else {
+      check_transformed(item, tensor, chunk);
+    }
+  }
+
+  void check_transformed(const Item& item, const TensorStorageMetadata* tensor, const Box* chunk) {
+    uint64_t limit = options_.max_transformed_value_bytes;
+    const auto decode = [&] { return TransformedItem(shared_, *item.place, options_.extension_registry, limit); };
+    if (tensor != nullptr && chunk != nullptr) {
+      const DType dtype = tensor->properties.dtype;
+      const auto bytes = static_cast<uint64_t>(volume(chunk->sizes) * element_size(dtype));
+      limit = largest_archive(bytes);
+      if (TensorArchiveFrame* frame = frames_.find(dtype, chunk->sizes)) {
+        if (auto elements = TransformedTensor::open(decode(), *frame, true)) {
+          while (elements->position() < bytes) {
+            decoded_.resize(static_cast<size_t>(std::min(bytes - elements->position(), kDecodedBytes)));
+            elements->read(decoded_);
+          }
+          if (elements->ends_well(*frame)) return;
+        }
+      }
+    }
+    const Bytes archive = decode().read_rest();
+    within_decoded_item([&] { check_archive(MemorySource(archive), tensor, chunk); });
+  }
+
+  void check_archive(const ByteSource& source, const TensorStorageMetadata* tensor, const Box* chunk) {
+    unsummed_ += verify_archive(source).without_crc;
+    if (tensor != nullptr) {
       const TensorItem stored = read_tensor_item(source);
-      const Box* chunk = find_chunk(*tensor, *item.index);
       if (chunk == nullptr || stored.dtype != tensor->properties.dtype || stored.sizes != chunk->sizes) {
         throw Error(ErrorCode::kCorruptData, "the stored tensor is not the one of the catalogue",
                     {.wanted = std::string(to_string(tensor->properties.dtype)) + " " +
@@ -227,6 +258,11 @@ class Verifier {
   const std::string directory_;
   FileSystem& file_system_;
   const ProgressFn& progress_;
+  const FileSystemReaderOptions& options_;
+  ReadCounters counters_;
+  std::shared_ptr<const SharedFile> shared_;  // the one that is being checked
+  ArchiveFrames frames_{TensorArchiveOptions{}.alignment};
+  Bytes decoded_;
   Metadata metadata_;
   VerifyReport report_;
   std::map<std::string, std::vector<Item>> files_;  // each sorted by offset once checked
@@ -239,8 +275,9 @@ class Verifier {
 
 }  // namespace
 
-VerifyReport verify_checkpoint(const std::string& directory, FileSystem& file_system, const ProgressFn& progress) {
-  return Verifier(directory, file_system, progress).run();
+VerifyReport verify_checkpoint(const std::string& directory, FileSystem& file_system, const ProgressFn& progress,
+                               const FileSystemReaderOptions& options) {
+  return Verifier(directory, file_system, progress, options).run();
 }
 
 VerifyReport verify_torch_save(const std::string& file, FileSystem& file_system) {

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "reshard/checkpoint/async_save.h"
 #include "reshard/checkpoint/rank_local.h"
 #include "reshard/storage/verify.h"
 #include "reshard/testing/torch_distributed_test.h"
@@ -220,6 +221,33 @@ RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, TiedTensorsAreWrittenOnceAnd
   EXPECT_TRUE(apart.at("head").as<at::Tensor>().equal(at::arange(3000, at::kFloat)));
   EXPECT_TRUE(
       apart.at("tied_rows").as<ShardedTensor>().shards()[0].tensor.equal(rows_of(900, 0, 900, 1).shards()[0].tensor));
+}
+
+RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, ACompressedSaveLoadsOnOtherRanks, .ranks = 3) {
+  process_group();
+  const std::string dir = (temp_dir() / "ckpt").string();
+  const FileSystemWriterOptions compressed{.extensions = {std::make_shared<ZStandard>()}};
+  const at::Tensor tied = at::arange(3000, at::kFloat).remainder(10);
+  const StateDict state{
+      {"rows", rows_of(900, rank() * 300, (rank() + 1) * 300, 1)}, {"a", tied}, {"b", tied}, {"step", 7}};
+  const SaveResult result = save(state, FileSystemWriter(dir, compressed));
+  EXPECT_LT(result.bytes_written, (900u * 3 + 3000) * 4 / 2);
+  EXPECT_TRUE(verify_checkpoint(dir).problems.empty());
+  // The next save of the same structure, in the background.
+  async_save(state, FileSystemWriter(dir, compressed)).upload_completion.get();
+
+  const auto pair = new_group({0, 1});
+  if (!pair->is_member()) return;
+  StateDict target{{"rows", rows_of(900, rank() * 450, (rank() + 1) * 450, 0)},
+                   {"a", at::zeros({3000})},
+                   {"b", at::zeros({3000})},
+                   {"step", 0}};
+  load(target, FileSystemReader(dir), {.process_group = pair});
+  EXPECT_TRUE(target.at("rows").as<ShardedTensor>().shards()[0].tensor.equal(
+      rows_of(900, rank() * 450, (rank() + 1) * 450, 1).shards()[0].tensor));
+  EXPECT_TRUE(target.at("a").as<at::Tensor>().equal(tied));
+  EXPECT_TRUE(target.at("b").as<at::Tensor>().equal(tied));
+  EXPECT_EQ(target.at("step").as<int64_t>(), 7);
 }
 
 RESHARD_DISTRIBUTED_TEST(CheckpointDistributedTest, OneRanksErrorIsEveryRanksErrorAndTheNextSaveWorks, .ranks = 2) {

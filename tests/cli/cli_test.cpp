@@ -70,6 +70,73 @@ TEST_F(CliTest, InspectSaysWhichFilesAreMissing) {
   EXPECT_TRUE(json.at("files").at("__1_0.distcp").at("size").is_null());
 }
 
+// --- through zstd ---
+
+class CompressedCliTest : public CliTest {
+ protected:
+  void SetUp() override {
+    CliTest::SetUp();
+    std::vector<MemorySaveState> ranks;
+    for (const auto& mine : split({600, 40}, 0, 2)) {
+      ranks.push_back(MemorySaveState({tensor_entry("w", {600, 40}, mine)}));
+      for (std::byte& byte : ranks.back().memory().buffer(0)) byte &= std::byte{3};
+      ranks.back().add_value("step", value_archive("seven"));
+    }
+    save_checkpoint(out("plain"), ranks);
+    save_checkpoint(out("compressed"), ranks, {.extensions = {std::make_shared<ZStandard>()}});
+  }
+};
+
+TEST_F(CompressedCliTest, InspectShowsCompressionAndRatio) {
+  const CommandResult run = reshard_command({"inspect", out("compressed")});
+  std::smatch match;
+  ASSERT_TRUE(std::regex_search(run.out, match,
+                                std::regex("3 items through stream\\.zstd/1: tensors of 93\\.8 KiB in ([0-9.]+) KiB, "
+                                           "ratio ([0-9.]+)\n")))
+      << run.out;
+  EXPECT_NEAR(std::stod(match[2]), 93.75 / std::stod(match[1]), 0.1);
+  EXPECT_GT(std::stod(match[2]), 2);
+  const auto json = nlohmann::json::parse(reshard_command({"inspect", out("compressed"), "--json"}).out);
+  const auto& zstd = json.at("transforms").at("stream.zstd/1");
+  EXPECT_EQ(zstd.at("items"), 3);
+  EXPECT_EQ(zstd.at("tensor_bytes"), 96'000);
+  EXPECT_EQ(json.at("tensors").at("w").at("chunks").at(0).at("transforms"), nlohmann::json({"stream.zstd/1"}));
+  EXPECT_THAT(reshard_command({"inspect", out("plain")}).out, Not(HasSubstr("through")));
+}
+
+TEST_F(CompressedCliTest, EveryCommandReadsIt) {
+  const std::string compressed = out("compressed");
+  const auto expect_same_as_plain = [&](const std::string& path) {
+    const CommandResult run = reshard_command({"diff", out("plain"), path});
+    EXPECT_EQ(run.exit_code, 0) << path << "\n" << run.out << run.err;
+    EXPECT_EQ(reshard_command({"digest", path}).out, reshard_command({"digest", out("plain")}).out);
+    EXPECT_EQ(reshard_command({"verify", path}).exit_code, 0);
+  };
+  expect_same_as_plain(compressed);
+  for (const auto& [format, name] : {std::pair{"dcp", "as_dcp"}, std::pair{"torch", "as.pt"}}) {
+    const CommandResult run = reshard_command({"convert", compressed, out(name), "--to", format});
+    EXPECT_EQ(run.exit_code, 0) << run.err;
+    expect_same_as_plain(out(name));
+  }
+  EXPECT_EQ(reshard_command({"reshard", compressed, out("three"), "-n", "3"}).exit_code, 0);
+  expect_same_as_plain(out("three"));
+  for (const char* from : {"plain", "compressed"}) {
+    const std::string file = out(std::string(from) + ".npy");
+    EXPECT_EQ(reshard_command({"extract", out(from), "w", "-o", file}).exit_code, 0);
+    EXPECT_EQ(text_of(file), text_of(out("plain.npy")));
+  }
+}
+
+TEST_F(CompressedCliTest, WhatIsDamagedIsNamed) {
+  const std::string file = out("compressed") + "/__1_0.distcp";
+  std::fstream(file, std::ios::binary | std::ios::in | std::ios::out).seekp(1000).put('x');
+  for (const char* command : {"verify", "digest"}) {
+    const CommandResult run = reshard_command({command, out("compressed")});
+    EXPECT_EQ(run.exit_code, 1) << command;
+    EXPECT_THAT(run.err, HasSubstr("key w, file __1_0.distcp, offset 0")) << command;
+  }
+}
+
 /// The names below a directory that are opened while it lives, by any process.
 class OpenWatch {
  public:

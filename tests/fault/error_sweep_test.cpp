@@ -172,6 +172,12 @@ constexpr auto kBlocking = [](const std::string& directory, int number, size_t w
 
 TEST_P(SaveErrorSweepTest, FreshSave) { sweep("save", 0, kBlocking); }
 TEST_P(SaveErrorSweepTest, SaveOverAnOlderCheckpoint) { sweep("save", 1, kBlocking); }
+TEST_P(SaveErrorSweepTest, CompressedSaveOverAnOlderCheckpoint) {
+  sweep("compressed save", 1, [](const std::string& directory, int number, size_t world_size) {
+    return try_save(directory, number, world_size, local_file_system(),
+                    {.extensions = {std::make_shared<ZStandard>()}});
+  });
+}
 TEST_P(SaveErrorSweepTest, FreshAsyncSave) { sweep("async save", 0, try_async_save); }
 TEST_P(SaveErrorSweepTest, AsyncSaveOverAnOlderCheckpoint) { sweep("async save", 1, try_async_save); }
 

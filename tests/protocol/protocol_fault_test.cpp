@@ -259,8 +259,9 @@ TEST(ProtocolFaultTest, RanksThatCallDifferentOperationsAreToldAtOnce) {
 /// Changes what a writer says that it wrote.
 class LyingWriter final : public StorageWriter {
  public:
-  LyingWriter(MemoryStore& store, std::function<void(std::vector<WriteResult>&)> lie)
-      : writer_(store), lie_(std::move(lie)) {}
+  LyingWriter(MemoryStore& store, bool places_are_final, std::function<void(std::vector<WriteResult>&)> lie)
+      : writer_(store), places_are_final_(places_are_final), lie_(std::move(lie)) {}
+  bool places_are_final() const override { return places_are_final_; }
   std::string checkpoint_id() const override { return writer_.checkpoint_id(); }
   void begin_save(const std::string& save_id) override { writer_.begin_save(save_id); }
   std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override {
@@ -279,22 +280,12 @@ class LyingWriter final : public StorageWriter {
 
  private:
   MemoryWriter writer_;
+  const bool places_are_final_;
   std::function<void(std::vector<WriteResult>&)> lie_;
 };
 
-TEST(ProtocolFaultTest, NothingIsCommittedWithoutAllReceipts) {
-  using Results = std::vector<WriteResult>;
-  const std::vector<std::function<void(Results&)>> lies{
-      [](Results& results) { results.pop_back(); },
-      [](Results& results) { results.push_back(results.back()); },
-      [](Results& results) { results.clear(); },
-      [](Results& results) { ++results[0].storage.offset; },
-      [](Results& results) { --results[0].storage.length; },
-      [](Results& results) { results[0].storage.relative_path = results[0].storage.relative_path + "x"; },
-      [](Results& results) { results[0].index.fqn = results[0].index.fqn + "x"; },
-      [](Results& results) { results[0].index.offset = Dims{5}; },
-      [](Results& results) { std::swap(results[0], results[1]); },
-  };
+using Results = std::vector<WriteResult>;
+void expect_lies_fail(bool places_are_final, const std::vector<std::function<void(Results&)>>& lies) {
   for (size_t l = 0; l < lies.size(); ++l) {
     for (const int liar : {0, 1}) {
       SCOPED_TRACE("lie " + std::to_string(l) + " on rank " + std::to_string(liar));
@@ -304,7 +295,7 @@ TEST(ProtocolFaultTest, NothingIsCommittedWithoutAllReceipts) {
         MemorySaveState state(
             {tensor_entry("a", {6}, {{{2 * rank}, {2}}}), tensor_entry("b", {6}, {{{2 * rank}, {2}}})});
         DefaultSavePlanner planner;
-        LyingWriter writer(job.store, [&](Results& results) {
+        LyingWriter writer(job.store, places_are_final, [&](Results& results) {
           if (rank == liar) lies[l](results);
         });
         try {
@@ -318,6 +309,35 @@ TEST(ProtocolFaultTest, NothingIsCommittedWithoutAllReceipts) {
       EXPECT_EQ(content_of(job.store), "nothing");
     }
   }
+}
+
+TEST(ProtocolFaultTest, NothingIsCommittedWithoutAllReceipts) {
+  const std::vector<std::function<void(Results&)>> lies{
+      [](Results& results) { results.pop_back(); },
+      [](Results& results) { results.push_back(results.back()); },
+      [](Results& results) { results.clear(); },
+      [](Results& results) { ++results[0].storage.offset; },
+      [](Results& results) { --results[0].storage.length; },
+      [](Results& results) { results[0].storage.relative_path = results[0].storage.relative_path + "x"; },
+      [](Results& results) { results[0].index.fqn = results[0].index.fqn + "x"; },
+      [](Results& results) { results[0].index.offset = Dims{5}; },
+      [](Results& results) { std::swap(results[0], results[1]); },
+  };
+  expect_lies_fail(true, lies);
+}
+
+// The places are the rank's to say then; all else is not.
+TEST(ProtocolFaultTest, NothingIsCommittedWithoutAllReceiptsWhosePlacesAreNotFinal) {
+  expect_lies_fail(
+      false, {
+                 [](Results& results) { results.pop_back(); },
+                 [](Results& results) { results.push_back(results.back()); },
+                 [](Results& results) { results.clear(); },
+                 [](Results& results) { results[0].storage.relative_path = results[0].storage.relative_path + "x"; },
+                 [](Results& results) { results[0].storage.transform_descriptors = {"stream.zstd/1"}; },
+                 [](Results& results) { results[0].index.fqn = results[0].index.fqn + "x"; },
+                 [](Results& results) { std::swap(results[0].index, results[1].index); },
+             });
 }
 
 TEST(ProtocolFaultTest, PlannerThatLosesPlansIsRefused) {

@@ -480,15 +480,6 @@ TEST_F(FileSystemReaderTest, AnEmptyDirectoryNameIsTheWorkingDirectory) {
   EXPECT_TRUE(std::filesystem::exists(path("__1_0.distcp")));
 }
 
-TEST_F(FileSystemReaderTest, NamesAStreamTransformThatItDoesNotKnow) {
-  save_rows({4, 4}, 1);
-  MemoryLoadState state({replica_entry("t", {4, 4})});
-  EXPECT_ERROR(ErrorCode::kUnsupported, "stream.zstd/1",
-               read_alone(directory_.path(), state, {}, local_file_system(), [](Metadata& metadata) {
-                 metadata.storage_data.find({"t", Dims{0, 0}, {}})->transform_descriptors = {"stream.zstd/1"};
-               }));
-}
-
 TEST_F(FileSystemReaderTest, NormalizesBoolsThatAFileMadeUp) {
   for (const Dims& size : {Dims{16}, Dims{100'000}}) {                          // packed and direct
     save(states<MemorySaveState>({{replica_entry("t", size, DType::kBool)}}));  // any bytes at all

@@ -374,7 +374,9 @@ inline std::vector<HostileCheckpoint> hostile_checkpoints() {
          place = *m.storage_data.find(kSecondHalf);
          place.offset += 8;
        })},
-      {"ItemIsTransformed", kLoad, kUnsupported, "stream.zstd/1",
+      {"TransformIsUnknown", kLoad, kUnsupported, "found stream.rot13/1",
+       edit_place(kBias, [](StorageInfo& place) { place.transform_descriptors = {"stream.rot13/1"}; })},
+      {"TransformIsALie", kLoad, kCorrupt, "no zstd frame",
        edit_place(kBias, [](StorageInfo& place) { place.transform_descriptors = {"stream.zstd/1"}; })},
       // archives
       {"ArchiveHasNoEnd", kLoad, kCorrupt, "no end record", bias_archive([](auto&) {}, set<uint32_t>(0, 0))},

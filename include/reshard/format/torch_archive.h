@@ -101,11 +101,15 @@ class TensorArchiveFrame {
   ByteSpan head() const { return head_; }
   /// TensorArchive::tail(crc), valid until the next call.
   ByteSpan tail(uint32_t crc);
+  /// True if `found` is tail(crc), whatever the digits of the serialization id: each writer has its own.
+  bool is_tail(ByteSpan found, uint32_t crc);
   /// What read_tensor_item() says of `item` (all of its bytes), if that is this frame around some elements, byte for
-  /// byte; else nothing, and the item may still be such a tensor in another layout. Does not check the elements.
+  /// byte but for the digits of the id; else nothing, and the item may still be such a tensor in another layout. Does not check the elements.
   std::optional<TensorItem> match(ByteSpan item);
 
  private:
+  void put_crc(size_t at, uint32_t crc);
+
   TensorArchive archive_;
   Bytes head_;
   Bytes tail_;

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "reshard/format/extension.h"
 #include "reshard/io/file_system.h"
 #include "reshard/storage/storage.h"
 
@@ -28,6 +29,10 @@ struct FileSystemWriterOptions {
   /// Payloads start at multiples of this many bytes in the item; items start at multiples of it in the file. 64 or
   /// 4096.
   uint32_t storage_alignment = 64;
+  /// Stream transforms of every item, {std::make_shared<ZStandard>()} for compression. Where items lie is known only
+  /// once they are written then, so votes carry the places. Equal on all ranks. PyTorch 2.4 and later read one; with more
+  /// than one, PyTorch up to 2.14.1 cannot read back what it writes either.
+  StreamTransformExtensions extensions{};
 };
 
 /// The catalogue's name in the directory.
@@ -45,6 +50,7 @@ class FileSystemWriter final : public StorageWriter {
   const FileSystemWriterOptions& options() const { return options_; }
   FileSystem& file_system() const { return file_system_; }
   void begin_save(const std::string& save_id) override;
+  bool places_are_final() const override { return options_.extensions.empty(); }
   std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) override;
   std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,
                                       const StorageContext& context) override;
@@ -73,12 +79,17 @@ struct FileSystemReaderOptions {
   bool verify_checksums = true;
   /// Neighbouring ranges of a file closer than this many bytes are read in one call.
   uint32_t coalesce_gap = 0;
+  /// What undoes the stream transforms that the catalogue names.
+  ExtensionRegistry extension_registry{};
+  /// Largest value, in bytes, that is read from an item with a stream transform: the catalogue says the size of tensors
+  /// alone. A longer one is kCorruptData.
+  uint64_t max_transformed_value_bytes = 256 << 20;
 };
 
 /// What a load moved. Exact, so that tests can gate on it.
 struct ReadCounters {
   uint64_t bytes_needed = 0;    // elements wanted by the plan, in bytes
-  uint64_t bytes_payload = 0;   // bytes of tensor payload read for them
+  uint64_t bytes_payload = 0;   // bytes of tensor payload read for them; of transformed items, as decoded
   uint64_t bytes_verify = 0;    // read only because they are in one block with wanted ones
   uint64_t bytes_read = 0;      // all bytes read from data files, headers and bytes_verify included
   uint64_t reads = 0;           // read calls
@@ -86,8 +97,12 @@ struct ReadCounters {
   uint64_t bytes_sidecars = 0;  // of sidecars
 };
 
+class PartlyRead;
 class Sidecars;
 
+/// An item without stream transforms costs the bytes that are wanted of it. One with transforms is decoded from its front
+/// to the last wanted element, with memory that does not grow with it; loads by one reader go on where the last one ended.
+/// (Layouts other than those of this library and of PyTorch 2.7 and later are decoded whole, into memory.)
 class FileSystemReader final : public StorageReader {
  public:
   explicit FileSystemReader(std::string directory, FileSystemReaderOptions options = {},
@@ -105,6 +120,7 @@ class FileSystemReader final : public StorageReader {
   const Metadata* metadata_ = nullptr;
   std::unique_ptr<Sidecars> sidecars_;  // those read so far
   ReadCounters counters_;
+  std::unique_ptr<PartlyRead> partly_read_;
 };
 
 }  // namespace reshard

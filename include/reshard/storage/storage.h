@@ -48,7 +48,11 @@ class StorageWriter {
   /// Checkpoint id as it goes into the catalogue (a path, a URL).
   virtual std::string checkpoint_id() const = 0;
   virtual void begin_save(const std::string& save_id) = 0;
-  /// Fills `storage` of every plan. Offsets and lengths must be exact: the commit trusts them.
+  /// False if offsets and lengths are known only once the items are written (stream transforms). Those of the plan are
+  /// guesses then, and the receipts' ones go into the catalogue. Asked of every rank.
+  virtual bool places_are_final() const { return true; }
+  /// Fills `storage` of every plan. Offsets and lengths must be exact, unless places_are_final() says otherwise: the
+  /// commit trusts them.
   virtual std::vector<SavePlan> prepare_global_plan(std::vector<SavePlan> plans) = 0;
   /// Writes plan.items to plan.storage. Receipts come in the order of the items.
   virtual std::vector<WriteResult> write_data(const SavePlan& plan, const SavePlanner& planner,

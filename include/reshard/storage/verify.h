@@ -11,6 +11,7 @@
 #include "reshard/core/hooks.h"
 #include "reshard/format/sha256.h"
 #include "reshard/io/file_system.h"
+#include "reshard/storage/filesystem.h"
 
 namespace reshard {
 
@@ -32,10 +33,11 @@ struct VerifyReport {
 /// one that the catalogue names; every block of every data file against its sum in the sidecar (what a changed byte
 /// breaks is reported once, with file and offset of the block); then, in files without such a change, every item: that
 /// its range lies in its file and overlaps no other, its zip headers, the CRC-32 of each record, that it is the tensor
-/// of the catalogue. Throws (kNotFound, kCorruptData, ...) only if the catalogue cannot be read. `progress` is called
+/// of the catalogue; what has a stream transform, once that is undone. Of `options` only what concerns transforms counts.
+/// Throws (kNotFound, kCorruptData, ...) only if the catalogue cannot be read. `progress` is called
 /// after each item.
 VerifyReport verify_checkpoint(const std::string& directory, FileSystem& file_system = local_file_system(),
-                               const ProgressFn& progress = {});
+                               const ProgressFn& progress = {}, const FileSystemReaderOptions& options = {});
 
 /// The same of a file of torch.save: that it is one which TorchSaveReader reads, its zip headers, and the CRC-32 of each
 /// record. Throws only if its state dict cannot be read.
