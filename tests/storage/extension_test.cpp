@@ -242,10 +242,11 @@ TEST_F(ExtensionTest, DecodesNoFurtherThanTheLastElementThatIsWanted) {
   auto ranks = sharded<MemoryLoadState>("t", {kRows, 1000}, split({kRows, 1000}, 0, 4));
   const auto counters = load(ranks);
   EXPECT_EQ(first_difference(ranks), "");
+  const uint64_t file = std::filesystem::file_size(path("__0_0.distcp"));
   for (size_t rank = 0; rank < 4; ++rank) {
     EXPECT_EQ(counters[rank].bytes_payload, (rank + 1) * 4'000'000);
-    // The pattern does not compress; one buffer of the decoder is read ahead.
-    EXPECT_LT(counters[rank].bytes_read, counters[rank].bytes_payload + 600'000);
+    // A buffer of the decoder is read ahead.
+    EXPECT_LT(counters[rank].bytes_read, file * (rank + 1) / 4 + 400'000);
   }
 }
 
@@ -275,9 +276,11 @@ TEST_F(ExtensionTest, AWalkInBlocksDecodesATensorOnce) {
 }
 
 TEST_F(ExtensionTest, OnlyWhatIsWantedIsOpenedAndNothingIsReadTwice) {
-  save_checkpoint(directory_.path(), sharded<MemorySaveState>("t", {40'000}, split({40'000}, 0, 2)), kCompressed);
+  auto saving = sharded<MemorySaveState>("t", {4'000'000}, split({4'000'000}, 0, 2));
+  saving[0].add_value("v", value_archive("comes first, so that the tensor begins within a block"));
+  save_checkpoint(directory_.path(), saving, kCompressed);
   FaultFileSystem files;
-  auto ranks = sharded<MemoryLoadState>("t", {40'000}, split({40'000}, 0, 2));
+  auto ranks = sharded<MemoryLoadState>("t", {4'000'000}, split({4'000'000}, 0, 2));
   ranks.resize(1);
   load_checkpoint(directory_.path(), ranks, {}, files);
   EXPECT_EQ(first_difference(ranks), "");
