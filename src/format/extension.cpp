@@ -19,9 +19,9 @@ std::unique_ptr<Context, FreeZstd> owned(Context* context) {
   return std::unique_ptr<Context, FreeZstd>(context);
 }
 
-class ZstdOutputStream final : public OutputStream {
+class ZstdOutputStream final : public ByteOutputStream {
  public:
-  ZstdOutputStream(OutputStream& output, int level)
+  ZstdOutputStream(ByteOutputStream& output, int level)
       : output_(output), context_(owned(ZSTD_createCCtx())), buffer_(ZSTD_CStreamOutSize()) {
     ZSTD_CCtx_setParameter(context_.get(), ZSTD_c_compressionLevel, level);
   }
@@ -46,14 +46,14 @@ class ZstdOutputStream final : public OutputStream {
     return left;
   }
 
-  OutputStream& output_;
+  ByteOutputStream& output_;
   std::unique_ptr<ZSTD_CCtx, FreeZstd> context_;
   Bytes buffer_;
 };
 
-class ZstdInputStream final : public InputStream {
+class ZstdInputStream final : public ByteInputStream {
  public:
-  explicit ZstdInputStream(InputStream& input) : input_(input), context_(owned(ZSTD_createDCtx())) {}
+  explicit ZstdInputStream(ByteInputStream& input) : input_(input), context_(owned(ZSTD_createDCtx())) {}
 
   size_t read(MutableByteSpan out) override {
     if (out.empty()) return 0;
@@ -85,7 +85,7 @@ class ZstdInputStream final : public InputStream {
   }
 
   static constexpr size_t kInputBytes = 256 << 10;  // two of the largest blocks
-  InputStream& input_;
+  ByteInputStream& input_;
   std::unique_ptr<ZSTD_DCtx, FreeZstd> context_;
   Bytes buffer_;
   ZSTD_inBuffer in_{nullptr, 0, 0};
@@ -103,11 +103,11 @@ ZStandard::ZStandard(int level) : level_(level) {
                .found = std::to_string(level)});
 }
 
-std::unique_ptr<OutputStream> ZStandard::transform_to(OutputStream& output) const {
+std::unique_ptr<ByteOutputStream> ZStandard::transform_to(ByteOutputStream& output) const {
   return std::make_unique<ZstdOutputStream>(output, level_);
 }
 
-std::unique_ptr<InputStream> ZStandard::transform_from(InputStream& input) const {
+std::unique_ptr<ByteInputStream> ZStandard::transform_from(ByteInputStream& input) const {
   return std::make_unique<ZstdInputStream>(input);
 }
 

@@ -295,7 +295,7 @@ void for_each_piece(const TensorView& view, uint64_t size, const Fn& fn) {
 }
 
 /// The end of a chain of transforms.
-class FileStream final : public OutputStream {
+class FileStream final : public ByteOutputStream {
  public:
   explicit FileStream(GatheringWriter& out) : out_(out) {}
   void write(ByteSpan bytes) override { out_.add_copy(bytes); }
@@ -313,11 +313,11 @@ StorageInfo write_transformed(GatheringWriter& out, const WriteItem& item, Stora
                               const std::function<void(uint64_t)>& on_bytes) {
   place.offset = out.position();
   FileStream file(out);
-  std::vector<std::unique_ptr<OutputStream>> streams;
+  std::vector<std::unique_ptr<ByteOutputStream>> streams;
   for (const auto& extension : extensions) {
     streams.push_back(extension->transform_to(streams.empty() ? file : *streams.back()));
   }
-  OutputStream& to = *streams.back();
+  ByteOutputStream& to = *streams.back();
   if (item.type == WriteItemType::kByteIo) {
     to.write(value_of(item, place, planner));
   } else {

@@ -17,7 +17,7 @@ constexpr size_t kFirstBytes = 64 << 10;
 }  // namespace
 
 /// The stored bytes of an item.
-class TransformedItem::Raw final : public InputStream {
+class TransformedItem::Raw final : public ByteInputStream {
  public:
   Raw(const CountedFile& file, const StorageInfo& place)
       : file_(file), at_(place.offset), end_(place.offset + place.length) {}

@@ -58,8 +58,8 @@ class TransformedItem {
   StorageInfo place_;
   uint64_t limit_;
   uint64_t position_ = 0;
-  StreamTransformExtensions extensions_;               // which the streams may borrow
-  std::vector<std::unique_ptr<InputStream>> streams_;  // each reads the one before
+  StreamTransformExtensions extensions_;                   // which the streams may borrow
+  std::vector<std::unique_ptr<ByteInputStream>> streams_;  // each reads the one before
 };
 
 /// Runs `body` on the bytes of a decoded item: offsets in what it throws are no places in a file, and are told in words.

@@ -11,14 +11,14 @@
 
 namespace reshard {
 
-class MemoryOutputStream final : public OutputStream {
+class MemoryOutputStream final : public ByteOutputStream {
  public:
   void write(ByteSpan more) override { bytes.insert(bytes.end(), more.begin(), more.end()); }
   void finish() override {}
   Bytes bytes;
 };
 
-class MemoryInputStream final : public InputStream {
+class MemoryInputStream final : public ByteInputStream {
  public:
   explicit MemoryInputStream(ByteSpan bytes) : left_(bytes) {}
   size_t read(MutableByteSpan out) override {
@@ -62,10 +62,12 @@ class Rot13 final : public StreamTransformExtension {
     return std::make_shared<Rot13>();
   }
   std::string get_descriptor() const override { return "stream.rot13/1"; }
-  std::unique_ptr<OutputStream> transform_to(OutputStream& output) const override {
+  std::unique_ptr<ByteOutputStream> transform_to(ByteOutputStream& output) const override {
     return std::make_unique<Out>(output);
   }
-  std::unique_ptr<InputStream> transform_from(InputStream& input) const override { return std::make_unique<In>(input); }
+  std::unique_ptr<ByteInputStream> transform_from(ByteInputStream& input) const override {
+    return std::make_unique<In>(input);
+  }
 
  private:
   static void turn(MutableByteSpan bytes) {
@@ -76,9 +78,9 @@ class Rot13 final : public StreamTransformExtension {
       byte = static_cast<std::byte>(first < 'N' ? c + 13 : c - 13);
     }
   }
-  class Out final : public OutputStream {
+  class Out final : public ByteOutputStream {
    public:
-    explicit Out(OutputStream& output) : output_(output) {}
+    explicit Out(ByteOutputStream& output) : output_(output) {}
     void write(ByteSpan bytes) override {
       Bytes turned(bytes.begin(), bytes.end());
       turn(turned);
@@ -87,11 +89,11 @@ class Rot13 final : public StreamTransformExtension {
     void finish() override {}
 
    private:
-    OutputStream& output_;
+    ByteOutputStream& output_;
   };
-  class In final : public InputStream {
+  class In final : public ByteInputStream {
    public:
-    explicit In(InputStream& input) : input_(input) {}
+    explicit In(ByteInputStream& input) : input_(input) {}
     size_t read(MutableByteSpan out) override {
       const size_t size = input_.read(out);
       turn(out.first(size));
@@ -99,7 +101,7 @@ class Rot13 final : public StreamTransformExtension {
     }
 
    private:
-    InputStream& input_;
+    ByteInputStream& input_;
   };
 };
 

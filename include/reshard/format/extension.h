@@ -24,9 +24,9 @@
 namespace reshard {
 
 /// Takes bytes, front to back. For one thread.
-class OutputStream {
+class ByteOutputStream {
  public:
-  virtual ~OutputStream() = default;
+  virtual ~ByteOutputStream() = default;
   /// Any number of bytes, which are borrowed for the call.
   virtual void write(ByteSpan bytes) = 0;
   /// Ends the stream: what is held back is written. Called once, last; does not finish what is written to.
@@ -34,9 +34,9 @@ class OutputStream {
 };
 
 /// Gives bytes, front to back. For one thread.
-class InputStream {
+class ByteInputStream {
  public:
-  virtual ~InputStream() = default;
+  virtual ~ByteInputStream() = default;
   /// Fills the front of `out` and returns how many bytes that are: at least one, 0 only at the end of the stream.
   virtual size_t read(MutableByteSpan out) = 0;
 };
@@ -49,10 +49,10 @@ class StreamTransformExtension {
   /// What the catalogue calls it: "name[@domain]/version". The registry finds it again by that.
   virtual std::string get_descriptor() const = 0;
   /// A stream that transforms what is written to it and writes that to `output`, which is borrowed.
-  virtual std::unique_ptr<OutputStream> transform_to(OutputStream& output) const = 0;
+  virtual std::unique_ptr<ByteOutputStream> transform_to(ByteOutputStream& output) const = 0;
   /// A stream that reads `input`, which is borrowed, and undoes transform_to(). It throws kCorruptData for input that
   /// transform_to() did not make, or that ends too early; key, file and offset are added by the caller.
-  virtual std::unique_ptr<InputStream> transform_from(InputStream& input) const = 0;
+  virtual std::unique_ptr<ByteInputStream> transform_from(ByteInputStream& input) const = 0;
 };
 
 /// In the order in which PyTorch takes them: what is saved passes the last one first.
@@ -67,8 +67,8 @@ class ZStandard final : public StreamTransformExtension {
   /// `level` as of the zstd library, 1 (fastest) to 22, negative ones faster still; kInvalidArgument for others.
   explicit ZStandard(int level = 3);
   std::string get_descriptor() const override { return std::string(kName) + "/1"; }
-  std::unique_ptr<OutputStream> transform_to(OutputStream& output) const override;
-  std::unique_ptr<InputStream> transform_from(InputStream& input) const override;
+  std::unique_ptr<ByteOutputStream> transform_to(ByteOutputStream& output) const override;
+  std::unique_ptr<ByteInputStream> transform_from(ByteInputStream& input) const override;
 
  private:
   int level_;
