@@ -489,6 +489,8 @@ SaveResult run_job(int socket, const Frame& job) {
   options.sync_files = in.u8() != 0;
   options.overwrite = in.u8() != 0;
   options.storage_alignment = in.u32();
+  for (size_t n = in.count(); n > 0; --n)
+    options.extensions.push_back(std::make_shared<ZStandard>(static_cast<int>(in.i64())));
   FileSystemWriter writer(std::move(directory), options);
   const Mapping memory(job.fd, in.u64());
   const ReceivedState state(in, memory.bytes());
@@ -608,6 +610,16 @@ SaveResult SaveProcess::save(Transport& transport, const ProcessSave& save) {
   job.u8(options.sync_files);
   job.u8(options.overwrite);
   job.u32(options.storage_alignment);
+  job.varint(options.extensions.size());
+  for (const auto& extension : options.extensions) {
+    const auto* zstd = dynamic_cast<const ZStandard*>(extension.get());
+    if (zstd == nullptr) {
+      throw Error(ErrorCode::kUnsupported,
+                  "a process of its own cannot make this save: it does not know a stream transform",
+                  {.file = save.writer.checkpoint_id(), .wanted = "ZStandard", .found = extension->get_descriptor()});
+    }
+    job.i64(zstd->level());
+  }
   job.u64(save.memory.size());
   put_state(job, save.state, save.memory);
   try {

@@ -44,7 +44,7 @@ class SaveProcess {
   SaveProcess(const SaveProcess&) = delete;
   SaveProcess& operator=(const SaveProcess&) = delete;
 
-  /// Throws kUnsupported for a writer that only this process knows (one of another file system), and kNotFound, kUnavailable or kIo where the other
+  /// Throws kUnsupported for a writer that only this process knows (one of another file system, or with a stream transform of the user's own), and kNotFound, kUnavailable or kIo where the other
   /// process cannot be had: nothing was sent to other ranks then. Else as run_save(); where the process ends or falls silent half-way, the
   /// CheckpointError names this rank, and the other ranks learn of it by its silence.
   SaveResult save(Transport& transport, const ProcessSave& save);

@@ -131,8 +131,11 @@ pid_t last_started() {
 }
 
 SaveResult save_by(SaveProcess& process, Transport& transport, const std::string& directory, const SharedState& state,
-                   ProgressFn progress = {}, std::chrono::milliseconds silence = 30s) {
-  const FileSystemWriter writer(directory, {.thread_count = 2, .sync_files = false, .storage_alignment = 4096});
+                   ProgressFn progress = {}, std::chrono::milliseconds silence = 30s,
+                   StreamTransformExtensions extensions = {}) {
+  const FileSystemWriter writer(
+      directory,
+      {.thread_count = 2, .sync_files = false, .storage_alignment = 4096, .extensions = std::move(extensions)});
   return process.save(transport, {.state = state,
                                   .memory_fd = state.fd(),
                                   .memory = state.memory(),
@@ -166,6 +169,14 @@ TEST(SaveProcessTest, SavesWhatItIsGivenAgainAndAgain) {
   }
   ASSERT_EQ(seen.size(), 1U) << "the same processes for all saves";
   EXPECT_EQ(seen.begin()->size(), 3U);
+  // Compressed, too.
+  on_ranks(3, [&](size_t rank, Transport& transport) {
+    const SharedState state(state_of(static_cast<int>(rank)));
+    save_by(*processes[rank], transport, directory / "compressed", state, {}, 30s, {std::make_shared<ZStandard>(9)});
+  });
+  expect_loads(directory / "compressed");
+  for (const auto& [index, info] : FileSystemReader(directory / "compressed").read_metadata().storage_data)
+    EXPECT_EQ(info.transform_descriptors, std::vector<std::string>{"stream.zstd/1"});
   processes.clear();
   EXPECT_EQ(workers().size(), 0U);
 }
@@ -298,6 +309,13 @@ TEST(SaveProcessTest, WhatCannotBeIsSaidBeforeAnythingIsSent) {
   SaveProcess process(RESHARD_CLI);
   EXPECT_ERROR(ErrorCode::kUnsupported, "file system of this process",
                process.save(*transport, {.state = state, .writer = writer, .silence = 30s}));
+  struct Own final : StreamTransformExtension {
+    std::string get_descriptor() const override { return "stream.own/1"; }
+    std::unique_ptr<ByteOutputStream> transform_to(ByteOutputStream&) const override { return nullptr; }
+    std::unique_ptr<ByteInputStream> transform_from(ByteInputStream&) const override { return nullptr; }
+  };
+  EXPECT_ERROR(ErrorCode::kUnsupported, "stream.own/1",
+               save_by(process, *transport, directory / "checkpoint", state, {}, 30s, {std::make_shared<Own>()}));
   // A program that is something else.
   SaveProcess wrong("/bin/true");
   EXPECT_ERROR(ErrorCode::kUnavailable, "exit code 0", save_by(wrong, *transport, directory / "checkpoint", state));

@@ -66,6 +66,7 @@ class ZStandard final : public StreamTransformExtension {
 
   /// `level` as of the zstd library, 1 (fastest) to 22, negative ones faster still; kInvalidArgument for others.
   explicit ZStandard(int level = 3);
+  int level() const { return level_; }
   std::string get_descriptor() const override { return std::string(kName) + "/1"; }
   std::unique_ptr<ByteOutputStream> transform_to(ByteOutputStream& output) const override;
   std::unique_ptr<ByteInputStream> transform_from(ByteInputStream& input) const override;
