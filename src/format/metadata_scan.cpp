@@ -2,6 +2,7 @@
 #include "format/metadata_scan.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <limits>
@@ -83,7 +84,7 @@ enum class Kind : uint8_t {
   kTuple,         // number: where in tuples_; size
   kList,          // number: in lists_, plus one; 0: empty
   kDict,          // number: in dicts_, plus one; 0: empty
-  kStorageData,   // the dict whose items are in storage_data
+  kStorageData,   // the dict whose items are in storage_data_
   kObject,        // number: the class; not yet built
   kDims,          // number: in dims_
   kChunk,         // is chunk_
@@ -127,6 +128,101 @@ struct Value {
   bool is(Kind wanted, Class id) const { return kind == wanted && number == static_cast<int64_t>(id); }
 };
 
+/// As a vector, whose operations on one value are most of what the scanner does.
+class Stack {
+ public:
+  size_t size() const { return static_cast<size_t>(top_ - values_.data()); }
+  bool empty() const { return top_ == values_.data(); }
+  Value* begin() { return values_.data(); }
+  Value* end() { return top_; }
+  const Value* begin() const { return values_.data(); }
+  const Value* end() const { return top_; }
+  Value& back() { return top_[-1]; }
+  Value& operator[](size_t i) { return values_[i]; }
+  [[gnu::always_inline]] void push_back(const Value& value) {
+    if (top_ == limit_) [[unlikely]]
+      grow();
+    *top_++ = value;
+  }
+  void pop_back() { --top_; }
+  void shrink(size_t size) { top_ = values_.data() + size; }
+
+ private:
+  void grow() {
+    const size_t size = values_.size();
+    values_.resize(2 * size + 64);
+    top_ = values_.data() + size;
+    limit_ = values_.data() + values_.size();
+  }
+  std::vector<Value> values_;
+  Value* top_ = nullptr;
+  Value* limit_ = nullptr;
+};
+
+/// Texts that recur, each made once. They are the same many times in a row or come in the same order again and again, so the
+/// last one and the one after it are tried first.
+class Names {
+ public:
+  const SharedString& get(std::string_view text) {
+    if (last_ < texts_.size() && text != at(last_) && ++last_ == texts_.size()) last_ = 0;
+    if (last_ >= texts_.size() || text != at(last_)) {
+      const size_t known = texts_.size();
+      SharedString& shared = texts_[text];
+      if (texts_.size() != known) shared = text;
+      last_ = *texts_.position(text);
+    }
+    return texts_.begin()[static_cast<ptrdiff_t>(last_)].second;
+  }
+
+ private:
+  std::string_view at(size_t i) const { return texts_.begin()[static_cast<ptrdiff_t>(i)].first; }
+  OrderedMap<std::string_view, SharedString> texts_;  // by the text in the file
+  size_t last_ = 0;
+};
+
+using Items = std::span<const Value>;  // key, value, key, value, ...
+
+/// Attributes of the objects of one class. Objects in a row have the same ones in the same order, by references to the same
+/// texts, so their names are compared once.
+template <size_t N>
+class Attributes {
+ public:
+  using Found = std::array<const Value*, N>;  // null: absent
+  explicit Attributes(const std::array<std::string_view, N>& names) : names_(names) {}
+
+  Found find(Items state) {
+    if (!is_as_before(state)) look_at(state);
+    Found found{};
+    for (size_t n = 0; n < N; ++n) found[n] = at_[n] == 0 ? nullptr : &state[at_[n]];
+    return found;
+  }
+
+ private:
+  // No two texts of a stream begin at the same place, but for empty ones, which are no attribute's name.
+  bool is_as_before(Items state) const {
+    if (state.size() != 2 * keys_.size()) return false;
+    for (size_t i = 0; i < keys_.size(); ++i) {
+      if (state[2 * i].kind != Kind::kText || state[2 * i].pointer != keys_[i]) return false;
+    }
+    return true;
+  }
+  void look_at(Items state) {
+    keys_.clear();
+    at_ = {};
+    for (size_t i = 0; i + 1 < state.size(); i += 2) {
+      require(state[i].kind == Kind::kText);
+      keys_.push_back(state[i].pointer);
+      for (size_t n = 0; n < N; ++n) {
+        if (state[i].view() == names_[n]) at_[n] = i + 1;  // the last one counts, as when Python builds the dict
+      }
+    }
+  }
+
+  const std::array<std::string_view, N> names_;
+  std::vector<const char*> keys_;  // of the last object
+  std::array<size_t, N> at_{};     // where the value of each name is in its state; 0: nowhere
+};
+
 class Scanner {
  public:
   explicit Scanner(ByteSpan file)
@@ -146,7 +242,6 @@ class Scanner {
     std::vector<ChunkStorageMetadata> chunks;
     std::vector<Value> texts;
   };
-  using Items = std::span<const Value>;  // key, value, key, value, ...
 
   // --- the stream ---
 
@@ -179,15 +274,11 @@ class Scanner {
     marks_.pop_back();
     return mark;
   }
-  void push(const Value& value) { stack_.push_back(value); }
+  [[gnu::always_inline]] void push(const Value& value) { stack_.push_back(value); }
 
   void memoize() {
     require(stack_.size() > floor());
-    memo_.push_back(stack_.back());
-  }
-  void recall(size_t index) {
-    require(index < memo_.size());
-    const Value& value = memo_[index];
+    const Value& value = stack_.back();
     switch (value.kind) {  // what is whole and costs nothing to repeat
       case Kind::kText:
       case Kind::kClass:
@@ -195,10 +286,16 @@ class Scanner {
       case Kind::kDims:
       case Kind::kLayout:
       case Kind::kMemoryFormat:
-        return push(value);
+        require(memorized_.size() < std::numeric_limits<uint32_t>::max());
+        memorized_.push_back(value);
+        return memo_.push_back(static_cast<uint32_t>(memorized_.size()));
       default:
-        throw NotUsual();
+        memo_.push_back(0);
     }
+  }
+  void recall(size_t index) {
+    require(index < memo_.size() && memo_[index] != 0);
+    push(memorized_[memo_[index] - 1]);
   }
 
   void text(uint64_t size) {
@@ -209,8 +306,8 @@ class Scanner {
   void tuple(size_t from) {
     const auto value =
         Value::of(Kind::kTuple, static_cast<int64_t>(tuples_.size()), static_cast<uint32_t>(stack_.size() - from));
-    tuples_.insert(tuples_.end(), stack_.begin() + static_cast<ptrdiff_t>(from), stack_.end());
-    stack_.resize(from);
+    tuples_.insert(tuples_.end(), stack_.begin() + from, stack_.end());
+    stack_.shrink(from);
     push(value);
   }
   Items items(const Value& tuple) const {
@@ -229,14 +326,10 @@ class Scanner {
     spend(view.size() + sizeof(std::string));
     return std::string(view);
   }
-  const SharedString& shared(const Value& value) {
+  const SharedString& shared(const Value& value, Names& names) {
     require(value.kind == Kind::kText);
     spend(value.size);  // it is hashed or compared each time
-    if (value.size == 0) return empty_;
-    const size_t known = shared_.size();
-    SharedString& text = shared_[value.pointer];
-    if (shared_.size() != known) text = value.view();
-    return text;
+    return names.get(value.view());
   }
   std::optional<std::string> optional_text(const Value& value) {
     if (value.kind == Kind::kOwnText) return own_texts_[static_cast<size_t>(value.number)];
@@ -261,8 +354,8 @@ class Scanner {
     }
     return found;
   }
-  static const Value& required(Items state, std::string_view name) {
-    const Value* value = find(state, name);
+  static const Value& required(Items state, std::string_view name) { return required(find(state, name)); }
+  static const Value& required(const Value* value) {
     require(value != nullptr);
     return *value;
   }
@@ -357,11 +450,10 @@ class Scanner {
   Value build_index(Items state) {
     require(!has_index_);
     has_index_ = true;
-    index_.fqn = shared(required(state, "fqn"));
-    const Value* offset = find(state, "offset");
+    const auto [fqn, offset, hint] = index_attributes_.find(state);
+    index_.fqn = shared(required(fqn), keys_);
     index_.offset.reset();
     if (offset != nullptr && offset->kind != Kind::kNone) index_.offset = dims(*offset);
-    const Value* hint = find(state, "index");
     index_.index.reset();
     if (hint != nullptr && hint->kind != Kind::kNone) {
       require(hint->kind == Kind::kInt);
@@ -373,10 +465,10 @@ class Scanner {
   Value build_info(Items state) {
     require(!has_info_);
     has_info_ = true;
-    info_.relative_path = shared(required(state, "relative_path"));
-    info_.offset = position(required(state, "offset"));
-    info_.length = position(required(state, "length"));
-    const Value* transforms = find(state, "transform_descriptors");
+    const auto [path, offset, length, transforms] = info_attributes_.find(state);
+    info_.relative_path = shared(required(path), paths_);
+    info_.offset = position(required(offset));
+    info_.length = position(required(length));
     require(transforms == nullptr || transforms->kind == Kind::kNone);  // a compressed checkpoint takes the other way
     return Value::of(Kind::kInfo, 0);
   }
@@ -384,11 +476,13 @@ class Scanner {
   // `state` is on the stack: nothing may be pushed here.
   Value build(Class id, Items state) {
     switch (id) {
-      case Class::kChunk:
+      case Class::kChunk: {
         require(!has_chunk_);
         has_chunk_ = true;
-        chunk_ = {dims(required(state, "offsets")), dims(required(state, "sizes"))};
+        const auto [offsets, sizes] = chunk_attributes_.find(state);
+        chunk_ = {dims(required(offsets)), dims(required(sizes))};
         return Value::of(Kind::kChunk, 0);
+      }
       case Class::kTensor:
         return build_tensor(state);
       case Class::kIndex:
@@ -451,7 +545,8 @@ class Scanner {
       }
     }
     const Value& storage = required(state, "storage_data");
-    require(storage.kind == Kind::kStorageData || (dict(storage).empty() && metadata.storage_data.empty()));
+    require(storage.kind == Kind::kStorageData || (dict(storage).empty() && storage_data_.empty()));
+    require(!metadata.storage_data.assign(std::move(storage_data_)));
 
     if (const Value* meta = find(state, "storage_meta"); meta != nullptr && meta->kind != Kind::kNone) {
       require(meta->kind == Kind::kStorageMeta);
@@ -510,16 +605,14 @@ class Scanner {
 
   void store_item(Value& target) {
     if (target.kind != Kind::kStorageData) {
-      require(target.kind == Kind::kDict && target.number == 0 && result_.metadata.storage_data.empty());
+      require(target.kind == Kind::kDict && target.number == 0 && storage_data_.empty());
       target.kind = Kind::kStorageData;
       size_t chunks = 0;
       for (const TensorStorageMetadata& tensor : tensors_) chunks += tensor.chunks.size();
-      result_.metadata.storage_data.reserve(chunks);
+      storage_data_.reserve(chunks);
     }
     has_index_ = has_info_ = false;
-    require(result_.metadata.storage_data.insert(std::move(index_), std::move(info_)));
-    index_ = {};
-    info_ = {};
+    storage_data_.emplace_back(std::exchange(index_, {}), std::exchange(info_, {}));
   }
 
   // The items of stack_[from...] into the dict below them. The state of an object is used at once.
@@ -530,7 +623,7 @@ class Scanner {
       require(target.kind == Kind::kDict && target.number == 0);
       ++p_;
       const Value built = build(static_cast<Class>(stack_[from - 2].number), Items(stack_).subspan(from));
-      stack_.resize(from - 2);
+      stack_.shrink(from - 2);
       push(built);
       return settle();
     }
@@ -545,9 +638,9 @@ class Scanner {
         target.number = static_cast<int64_t>(dicts_.size());
       }
       auto& items = dicts_[static_cast<size_t>(target.number - 1)];
-      items.insert(items.end(), stack_.begin() + static_cast<ptrdiff_t>(from), stack_.end());
+      items.insert(items.end(), stack_.begin() + from, stack_.end());
     }
-    stack_.resize(from);
+    stack_.shrink(from);
   }
 
   // Chunks and items come by the million between one MARK and the operation that adds them all. They are added as soon
@@ -561,10 +654,10 @@ class Scanner {
     Value& target = stack_[mark - 1];
     if (above == 1 && stack_.back().kind == Kind::kChunk && target.kind == Kind::kList) {
       append_to(target, stack_.back());
-      stack_.resize(mark);
+      stack_.shrink(mark);
     } else if (above == 2 && stack_.back().kind == Kind::kInfo && stack_[mark].kind == Kind::kIndex) {
       store_item(target);
-      stack_.resize(mark);
+      stack_.shrink(mark);
     }
   }
 
@@ -657,7 +750,7 @@ class Scanner {
         const size_t mark = pop_mark();
         require(mark > floor() && stack_[mark - 1].kind == Kind::kList);
         for (size_t i = mark; i < stack_.size(); ++i) append_to(stack_[mark - 1], stack_[i]);
-        stack_.resize(mark);
+        stack_.shrink(mark);
         break;
       }
       case Op::kEmptyDict:
@@ -708,9 +801,10 @@ class Scanner {
   const std::byte* p_;
   const std::byte* end_;
   uint64_t copies_left_;
-  std::vector<Value> stack_;
+  Stack stack_;
   std::vector<size_t> marks_;
-  std::vector<Value> memo_;
+  std::vector<uint32_t> memo_;  // in memorized_, plus one; 0: nothing that may be recalled
+  std::vector<Value> memorized_;
   std::vector<Value> tuples_;  // items of all tuples that can still be needed
   std::deque<Dims> dims_;
   std::vector<List> lists_;
@@ -718,8 +812,12 @@ class Scanner {
   std::vector<TensorProperties> properties_;
   std::vector<TensorStorageMetadata> tensors_;
   std::vector<std::string> own_texts_;
-  OrderedMap<const char*, SharedString> shared_;  // by place in the file
-  const SharedString empty_;
+  Names keys_;
+  Names paths_;
+  std::vector<std::pair<MetadataIndex, StorageInfo>> storage_data_;
+  Attributes<2> chunk_attributes_{{"offsets", "sizes"}};
+  Attributes<3> index_attributes_{{"fqn", "offset", "index"}};
+  Attributes<4> info_attributes_{{"relative_path", "offset", "length", "transform_descriptors"}};
   ChunkStorageMetadata chunk_;  // the one on the stack
   MetadataIndex index_;
   StorageInfo info_;

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace reshard {
 namespace {
@@ -34,6 +36,34 @@ TEST(OrderedMapTest, FindsValuesAndTheirPositions) {
   *map.find("57") = 1;
   EXPECT_EQ(map["57"], 1);
   EXPECT_FALSE(map.contains("x"));
+}
+
+TEST(OrderedMapTest, ManyItemsAreTakenAtOnce) {
+  OrderedMap<std::string, int> map;
+  map.insert("before", 1);
+  std::vector<std::pair<std::string, int>> items;
+  for (int i = 0; i < 1000; ++i) items.emplace_back(std::to_string(i), i);
+  EXPECT_EQ(map.assign(items), std::nullopt);
+  EXPECT_EQ(map.size(), 1000U);
+  EXPECT_FALSE(map.contains("before"));
+  for (int i = 0; i < 1000; ++i) ASSERT_EQ(map.position(std::to_string(i)), static_cast<size_t>(i));
+  EXPECT_FALSE(map.insert("999", 0));
+  EXPECT_TRUE(map.insert("1000", 0));
+  EXPECT_EQ(map.assign({}), std::nullopt);
+  EXPECT_TRUE(map.empty());
+  EXPECT_FALSE(map.contains("5"));
+}
+
+TEST(OrderedMapTest, OfManyItemsTheFirstWhoseKeyIsThereTwiceIsNamed) {
+  for (const size_t first : {0U, 5U, 90U, 98U}) {
+    for (const size_t second : {99U, 100U}) {
+      std::vector<std::pair<std::string, int>> items;
+      for (int i = 0; i < 101; ++i) items.emplace_back(std::to_string(i), i);
+      items[second].first = items[first].first;
+      OrderedMap<std::string, int> map;
+      EXPECT_EQ(map.assign(items), second) << first;
+    }
+  }
 }
 
 TEST(OrderedMapTest, EqualityIncludesTheOrder) {

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "support/expect_error.h"
 
@@ -57,6 +59,28 @@ TEST(MetadataTest, WellFormedCatalogueIsAccepted) {
   // A chunk without elements may have bytes all the same.
   metadata.storage_data.insert({"model.empty", Dims{0}, {}}, {"__1_0.distcp", 1600, 1513, {}});
   validate(metadata);
+}
+
+TEST(MetadataTest, HintsAreFollowedWhereTheyAreRightAndNowhereElse) {
+  for (const auto& [first, second] : std::vector<std::pair<int64_t, int64_t>>{
+           {0, 1}, {1, 0}, {0, 0}, {1, 1}, {2, -1}, {std::numeric_limits<int64_t>::min(), 1}}) {
+    Metadata metadata = small_catalogue();
+    const auto save_with_hints = [&](const Dims& second_offsets) {
+      metadata.storage_data.clear();
+      metadata.storage_data.insert({"model.weight", Dims{0, 0}, first}, {"__0_0.distcp", 0, 1600, {}});
+      metadata.storage_data.insert({"model.weight", second_offsets, second}, {"__1_0.distcp", 0, 1600, {}});
+      metadata.storage_data.insert({"step", {}, second}, {"__0_0.distcp", 1600, 1261, {}});
+    };
+    save_with_hints({2, 0});
+    validate(metadata);
+    save_with_hints({3, 0});
+    EXPECT_ERROR(ErrorCode::kCorruptData, "nothing is stored for model.weight [2, 0]", validate(metadata));
+    weight(metadata).chunks.pop_back();
+    EXPECT_ERROR(ErrorCode::kCorruptData, "not in the catalogue: model.weight [3, 0]", validate(metadata));
+    weight(metadata).chunks.push_back({{3, 0}, {1, 8}});
+    weight(metadata).chunks.push_back({{3, 0}, {0, 8}});  // an item serves all chunks that begin where it does
+    validate(metadata);
+  }
 }
 
 TEST(MetadataTest, CatalogueOfAPartialSaveIsAccepted) {

@@ -31,12 +31,12 @@ class OrderedMap {
   }
   void reserve(size_t n) {
     items_.reserve(n);
-    if (2 * n > slots_.size()) rehash(n);
+    if (2 * n > slots_.size()) index(n);
   }
   /// The key's place in insertion order, if it is there.
   std::optional<size_t> position(const Key& key) const {
     if (items_.empty()) return std::nullopt;
-    const Slot& slot = slots_[find_slot(key, Hash{}(key))];
+    const Slot& slot = slots_[find_slot(key, mix(Hash{}(key)))];
     return slot.position == 0 ? std::nullopt : std::optional<size_t>(slot.position - 1);
   }
   /// Null if absent.
@@ -53,6 +53,12 @@ class OrderedMap {
     items_.emplace_back(std::move(key), std::move(value));
     slot->position = static_cast<uint32_t>(items_.size());
     return true;
+  }
+  /// Takes `items` in place of all that is there. The place of an item whose key an earlier one has, if there is such; the map
+  /// is then as good as empty. For many items quicker than one insertion after the other, each of which waits for memory.
+  std::optional<size_t> assign(std::vector<Item> items) {
+    items_ = std::move(items);
+    return index(items_.size());
   }
   /// The value of the key, default-constructed at the end if it is new.
   Value& operator[](const Key& key) {
@@ -73,8 +79,7 @@ class OrderedMap {
   static uint64_t mix(size_t hash) { return static_cast<uint64_t>(hash) * 0x9E3779B97F4A7C15ull; }
 
   // The slot of the key, or the free one where it belongs. There are always free slots.
-  size_t find_slot(const Key& key, size_t hash) const {
-    const uint64_t mixed = mix(hash);
+  size_t find_slot(const Key& key, uint64_t mixed) const {
     const auto fragment = static_cast<uint32_t>(mixed);
     size_t at = static_cast<size_t>(mixed >> 32) & (slots_.size() - 1);
     while (slots_[at].position != 0 &&
@@ -85,23 +90,35 @@ class OrderedMap {
   }
   // The free slot for a new key, ready but for its position; null if the key is there.
   Slot* slot_for(const Key& key) {
-    if (2 * (items_.size() + 1) > slots_.size()) rehash(2 * items_.size() + 4);
-    const size_t hash = Hash{}(key);
-    Slot& slot = slots_[find_slot(key, hash)];
+    if (2 * (items_.size() + 1) > slots_.size()) index(2 * items_.size() + 4);
+    const uint64_t mixed = mix(Hash{}(key));
+    Slot& slot = slots_[find_slot(key, mixed)];
     if (slot.position != 0) return nullptr;
-    slot.hash = static_cast<uint32_t>(mix(hash));
+    slot.hash = static_cast<uint32_t>(mixed);
     return &slot;
   }
-  void rehash(size_t n) {
+  // Makes slots for n items and fills in those that are there. Slots of many items are far from each other: each is asked
+  // for some items ahead. The place of an item whose key an earlier one has, if there is such.
+  std::optional<size_t> index(size_t n) {
+    constexpr size_t kAhead = 16;
     size_t count = 8;
     while (count < 2 * n) count *= 2;
     slots_.assign(count, {});
-    for (size_t i = 0; i < items_.size(); ++i) {
-      const size_t hash = Hash{}(items_[i].first);
-      size_t at = static_cast<size_t>(mix(hash) >> 32) & (count - 1);
-      while (slots_[at].position != 0) at = (at + 1) & (count - 1);
-      slots_[at] = {static_cast<uint32_t>(i + 1), static_cast<uint32_t>(mix(hash))};
+    uint64_t ahead[kAhead] = {};
+    for (size_t i = 0; i < items_.size() + kAhead; ++i) {
+      uint64_t& mixed = ahead[i % kAhead];
+      if (i >= kAhead && i - kAhead < items_.size()) {
+        const size_t position = i - kAhead;
+        Slot& slot = slots_[find_slot(items_[position].first, mixed)];
+        if (slot.position != 0) return position;
+        slot = {static_cast<uint32_t>(position + 1), static_cast<uint32_t>(mixed)};
+      }
+      if (i < items_.size()) {
+        mixed = mix(Hash{}(items_[i].first));
+        __builtin_prefetch(&slots_[static_cast<size_t>(mixed >> 32) & (count - 1)], 1);
+      }
     }
+    return std::nullopt;
   }
 
   std::vector<Item> items_;
