@@ -11,7 +11,8 @@ void target(ByteSpan input) {
   constexpr size_t kMost = 1 << 20;  // a bomb goes on, and nobody asks for more
   Bytes decoded;
   try {
-    limit_memory(4 * kMost, [&] {
+    // The largest window that is taken, and what is decoded.
+    limit_memory((uint64_t{128} << 20) + 8 * kMost, [&] {
       MemoryInputStream in(input);
       const auto stream = ZStandard().transform_from(in);
       Bytes part(64 << 10);
