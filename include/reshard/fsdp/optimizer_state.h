@@ -2,6 +2,7 @@
 #pragma once
 // The state of a torch::optim optimizer over the slices of a sharded model, as PyTorch's get_optimizer_state_dict gives
 // it, so that training goes on across languages and numbers of ranks:
+//
 //   {"state": {<fqn>: {"step": 0-d tensor, "exp_avg": sharded like the parameter, ...}},
 //    "param_groups": [{"lr": ..., "betas": (..), ..., "params": [<fqn>, ...]}]}
 // Steps are float32, or float64 where that is the default dtype. SGD, Adam, AdamW, Adagrad and RMSprop are known; another optimizer is kUnsupported. No communication, no copy of

@@ -77,7 +77,7 @@ struct StateDictOptions {
   bool ignore_frozen_params = false;
   /// set: a key that is missing, or that the model does not have, is an error; otherwise it is only reported.
   bool strict = true;
-  /// get: the optimizer's dict has one level, `state.<fqn>.exp_avg`, `param_groups.<fqn>.lr`, so that ranks with different parameters
+  /// get: the dict of the optimizer has one level, state.<fqn>.exp_avg, param_groups.<fqn>.lr, so that ranks with different parameters
   /// (pipelines) can save into one checkpoint. A setter sees from the dict which it is.
   bool flatten_optimizer_state_dict = false;
   /// get and set: only what lies in these modules, given by their fully qualified names. Empty: all.
