@@ -173,6 +173,22 @@ TEST_F(ExtensionTest, EveryOptionOfTheWriterHolds) {
   EXPECT_EQ(loaded_generation(directory_.path()), number);  // over a compressed one
 }
 
+// Its plan has guesses for places, which do not change; what is committed are the receipts of each save.
+TEST_F(ExtensionTest, ASaveOfTheSameStructureIsPlannedFromTheCache) {
+  std::vector<SavePlanCache> caches(2);
+  for (const int number : {1, 2, 3}) {
+    const auto saving = generation(number, 2);
+    on_ranks(2, [&](size_t rank, Transport& transport) {
+      DefaultSavePlanner planner;
+      FileSystemWriter writer(directory_.path(), kCompressed);
+      run_save(transport, saving[rank], planner, writer, {}, &caches[rank]);
+    });
+    EXPECT_EQ(loaded_generation(directory_.path()), number);
+    EXPECT_TRUE(verify_checkpoint(directory_.path()).problems.empty());
+  }
+  EXPECT_EQ(caches[0].hits(), 2U);
+}
+
 // In the order of PyTorch's list: the last one first on the way to the file.
 TEST_F(ExtensionTest, TakesExtensionsOfTheUsersOwnAndSeveral) {
   FileSystemWriterOptions options = kCompressed;
