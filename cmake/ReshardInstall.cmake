@@ -2,15 +2,16 @@
 # Install rules: libraries, headers, and the package files that make find_package(reshard) work elsewhere. (The command
 # line installs itself, in its own room.)
 #
-# Three export sets, one a component, so that a program that wants reshard::core alone needs neither LibTorch nor GoogleTest.
+# Four export sets, one a component, so that a program that wants reshard::core alone needs neither LibTorch nor GoogleTest nor libcurl.
 include(CMakePackageConfigHelpers)
 set(_package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/reshard")
 
 set(_core_targets reshard_core reshard_launch)
+set(_s3_targets reshard_s3)
 set(_reshard_targets reshard)
 set(_testing_targets reshard_testing reshard_torch_testing)
 set(reshard_COMPONENTS "")
-foreach(component core reshard testing)
+foreach(component core s3 reshard testing)
   set(_present "")
   foreach(target IN LISTS _${component}_targets)
     if(TARGET ${target})

@@ -8,7 +8,12 @@
 #include <string_view>
 #include <vector>
 
+#include "reshard/io/file_system.h"
+
 namespace reshard::cli {
+
+/// Where a checkpoint that is only read lies: an object store for "s3://...", the local files for all else.
+FileSystem& file_system_at(const std::string& path);
 
 struct InspectOptions {
   std::string path;

@@ -201,8 +201,8 @@ class Diff {
 }  // namespace
 
 int diff(const DiffOptions& options) {
-  const auto a = open_checkpoint(options.a);
-  const auto b = open_checkpoint(options.b);
+  const auto a = open_checkpoint(options.a, {}, file_system_at(options.a));
+  const auto b = open_checkpoint(options.b, {}, file_system_at(options.b));
   const CheckpointReader left(*a);
   const CheckpointReader right(*b);
   const std::vector<Difference> found = Diff(left, right, options).run();

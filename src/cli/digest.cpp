@@ -10,7 +10,7 @@
 namespace reshard::cli {
 
 int digest(const DigestOptions& options) {
-  const auto reader = open_checkpoint(options.path);
+  const auto reader = open_checkpoint(options.path, {}, file_system_at(options.path));
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
   digest_tensors(CheckpointReader(*reader), [&](const std::string& fqn, const Sha256Digest& sum) {
     if (options.json) {

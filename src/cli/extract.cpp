@@ -62,7 +62,7 @@ void write_value(const CheckpointReader& checkpoint, const ExtractOptions& optio
 }  // namespace
 
 int extract(const ExtractOptions& options) {
-  const auto reader = open_checkpoint(options.source);
+  const auto reader = open_checkpoint(options.source, {}, file_system_at(options.source));
   const CheckpointReader checkpoint(*reader);
   const StorageMetadata* entry = checkpoint.metadata().state_dict_metadata.find(options.key);
   if (entry == nullptr) throw Error(ErrorCode::kNotFound, "the checkpoint has no such key", {.key = options.key});

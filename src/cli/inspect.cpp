@@ -37,7 +37,7 @@ std::vector<FileSummary> summarize_files(const Metadata& metadata, const std::st
     const auto [it, inserted] = index.try_emplace(place.relative_path, files.size());
     if (inserted) {
       const auto status =
-          local_file_system().status(kind == CheckpointKind::kTorch ? path : join_path(path, place.relative_path));
+          file_system_at(path).status(kind == CheckpointKind::kTorch ? path : join_path(path, place.relative_path));
       files.push_back({place.relative_path, 0, 0,
                        status && status->kind == FileKind::kRegular ? std::optional(status->size) : std::nullopt});
     }
@@ -260,8 +260,8 @@ std::string printable(std::string_view text) {
 }
 
 int inspect(const InspectOptions& options) {
-  const CheckpointKind kind = detect_checkpoint_kind(options.path);
-  const Metadata metadata = open_checkpoint(options.path)->read_metadata();
+  const CheckpointKind kind = detect_checkpoint_kind(options.path, file_system_at(options.path));
+  const Metadata metadata = open_checkpoint(options.path, {}, file_system_at(options.path))->read_metadata();
   if (!options.map.empty()) {
     check_file_destination(options.path, options.map, options.force);
     write_file_atomically(options.map, [&](const auto& sink) { sink(as_bytes(map_of(metadata))); });

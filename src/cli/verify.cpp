@@ -10,16 +10,17 @@
 namespace reshard::cli {
 
 int verify(const VerifyOptions& options) {
+  FileSystem& files = file_system_at(options.path);
   const auto verified = [&] {
-    switch (detect_checkpoint_kind(options.path)) {
+    switch (detect_checkpoint_kind(options.path, files)) {
       case CheckpointKind::kTorch:
-        return verify_torch_save(options.path);
+        return verify_torch_save(options.path, files);
       case CheckpointKind::kSafetensors:
-        return verify_safetensors(options.path);
+        return verify_safetensors(options.path, files);
       case CheckpointKind::kDcp:
         break;
     }
-    return verify_checkpoint(options.path);
+    return verify_checkpoint(options.path, files);
   };
   const VerifyReport report = verified();
   for (const Error& problem : report.problems) std::fprintf(stderr, "reshard: %s\n", printable(problem.what()).c_str());

@@ -62,19 +62,28 @@ void replace_file_atomically(FileSystem& file_system, const std::string& directo
     throw Error(ErrorCode::kInvalidArgument, "a name in a directory cannot hold a slash", {.file = name});
   }
   const std::string path = join_path(directory, name);
-  const std::string temporary = path + std::string(kTemporaryInfix) + random_suffix();
-  auto file = file_system.create(temporary, CreateMode::kExclusive);
+  const bool renames = !file_system.publishes_on_close();
+  const std::string temporary = renames ? path + std::string(kTemporaryInfix) + random_suffix() : path;
+  auto file = file_system.create(temporary, renames ? CreateMode::kExclusive : CreateMode::kTruncate);
   try {
     test_point("commit.before_write");
     fill(*file);
     test_point("commit.before_sync");
-    if (durable) file->sync();
-    file->close();
+    if (durable || !renames) file->sync();
+    if (renames) file->close();
     test_point("commit.before_rename");
     state = Committed::kUnknown;
-    file_system.rename(temporary, path);
+    if (renames) {
+      file_system.rename(temporary, path);
+    } else {
+      file->close();
+    }
   } catch (...) {
     file.reset();
+    if (!renames) {
+      if (current_failure().code != ErrorCode::kUnavailable) state = Committed::kNo;
+      throw;
+    }
     try {
       file_system.remove(temporary);
     } catch (const Error& error) {

@@ -21,6 +21,7 @@ class CheckedFile {
   /// Borrows both; `sums` may be null. Throws kCorruptData if the file has another size than its sums speak of.
   CheckedFile(const RandomAccessFile& file, const SidecarFile* sums);
   uint64_t size() const { return file_.size(); }
+  uint64_t preferred_read_bytes() const { return file_.preferred_read_bytes(); }
   bool is_checked() const { return blocks_.has_value(); }
   /// RandomAccessFile::read_scatter, of whole blocks; returns the number of bytes read. Throws kCorruptData with the
   /// offset of the first block that does not match.

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kScatterBytes = 256;     // shorter destination runs are staged
 constexpr uint64_t kStageBytes = 4 << 20;  // size of the staging buffer
-constexpr uint64_t kReadBytes = 8 << 20;   // most bytes, and
 constexpr size_t kReadParts = 1022;        // most destinations of one read call
 constexpr size_t kMaxSegments = 1 << 16;   // collected before they are read
 
@@ -105,14 +104,14 @@ void DirectReader::add_segment(const DenseElements& elements, int64_t element, s
   if (!segments_.empty()) {
     Segment& last = segments_.back();
     if (last.offset + last.length == offset && last.to + last.length == to && last.is_bool == is_bool &&
-        last.length + length <= kReadBytes) {
+        last.length + length <= read_bytes_) {
       last.length += length;
       return;
     }
   }
   while (length > 0) {
     if (segments_.size() == kMaxSegments) flush();
-    const uint64_t part = std::min(length, kReadBytes);
+    const uint64_t part = std::min(length, read_bytes_);
     segments_.push_back({offset, to, part, is_bool});
     offset += part;
     to += part;
@@ -134,13 +133,13 @@ size_t DirectReader::read_from(size_t begin) {
     // What lies in one block with the last segment is read anyway.
     const bool skip = segment.offset - end <= gap_;
     if (!skip && segment.offset > file_.block_end(end)) break;
-    if (next != begin && (segment.offset + segment.length - offset > kReadBytes || parts_.size() + 2 > kReadParts)) {
+    if (next != begin && (segment.offset + segment.length - offset > read_bytes_ || parts_.size() + 2 > kReadParts)) {
       break;
     }
     if (segment.offset > end) {
       if (!skip) skipped_to_verify += segment.offset - end;
       const auto gap = static_cast<size_t>(segment.offset - end);
-      if (skipped_.empty()) skipped_.resize(kReadBytes);
+      if (skipped_.empty()) skipped_.resize(read_bytes_);
       parts_.push_back(MutableByteSpan(skipped_).subspan(skipped, gap));
       skipped += gap;
     }

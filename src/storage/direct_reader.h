@@ -23,6 +23,7 @@ class CountedFile {
   CountedFile(const RandomAccessFile& file, const SidecarFile* sums, ReadCounters& counters)
       : file_(file, sums), counters_(counters) {}
   uint64_t size() const { return file_.size(); }
+  uint64_t preferred_read_bytes() const { return file_.preferred_read_bytes(); }
   bool is_checked() const { return file_.is_checked(); }
   uint64_t block_end(uint64_t offset) const { return file_.block_end(offset); }
   void read(uint64_t offset, std::span<const MutableByteSpan> parts, std::string_view what) const;
@@ -63,7 +64,12 @@ class DirectReader {
   /// `sum`, if given, gets all that is read; `on_read` the number of its bytes, call by call.
   DirectReader(const CountedFile& file, uint32_t coalesce_gap, PayloadSum* sum, ReadCounters& counters,
                const std::function<void(uint64_t)>& on_read)
-      : file_(file), gap_(coalesce_gap), sum_(sum), counters_(counters), on_read_(on_read) {}
+      : file_(file),
+        read_bytes_(file.preferred_read_bytes()),
+        gap_(coalesce_gap),
+        sum_(sum),
+        counters_(counters),
+        on_read_(on_read) {}
 
   /// Makes `view` hold the elements of `region`, once flush() has returned.
   void add(const DenseElements& elements, const Box& region, const MutableTensorView& view);
@@ -82,6 +88,7 @@ class DirectReader {
   void read_staged(const DenseElements& elements, const Box& region, const MutableTensorView& view);
 
   const CountedFile& file_;
+  const uint64_t read_bytes_;  // most bytes of a read
   const uint64_t gap_;
   PayloadSum* sum_;
   ReadCounters& counters_;

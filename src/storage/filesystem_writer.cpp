@@ -565,7 +565,9 @@ void FileSystemWriter::finish(const Metadata& metadata, const StorageContext& co
     replace_file_atomically(file_system_, directory_, kMetadataFileName, bytes, options_.sync_files, &committed);
   } catch (...) {
     // A rename that failed usually did nothing, and then the old checkpoint is whole: look.
-    if (committed == Committed::kUnknown && !holds_metadata(bytes)) committed = Committed::kNo;
+    // (A publication that failed says itself whether it may take effect later.)
+    const bool can_look = !file_system_.publishes_on_close();
+    if (committed == Committed::kUnknown && can_look && !holds_metadata(bytes)) committed = Committed::kNo;
     if (committed != Committed::kNo) written_.clear();
     throw;
   }

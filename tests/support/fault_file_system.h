@@ -160,6 +160,7 @@ class FaultFileSystem final : public FileSystem {
   std::unique_ptr<FileLock> try_lock(const std::string& path, std::string_view holder) override {
     return state_->run({.call = FileCall::kLock, .path = path}, [&] { return real_.try_lock(path, holder); });
   }
+  bool publishes_on_close() const override { return real_.publishes_on_close(); }
 
  private:
   class State {

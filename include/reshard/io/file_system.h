@@ -32,6 +32,8 @@ class RandomAccessFile {
   virtual ~RandomAccessFile() = default;
   /// Bytes in the file when it was opened.
   virtual uint64_t size() const = 0;
+  /// How much one call should ask for where much is wanted: more is no faster.
+  virtual uint64_t preferred_read_bytes() const { return 8 << 20; }
   /// Fills the parts, one after the other, with the bytes that begin at `offset`: one system call where the system's
   /// limits allow. A file that ends before is kCorruptData with file, offset, wanted and found; `what` names the thing
   /// that is read in that message ("header of item model.weight"). The contents of the parts are unspecified after an
@@ -44,7 +46,8 @@ class RandomAccessFile {
 };
 
 /// A file open for writing. Writes to disjoint ranges may run at the same time; sync and close may not run beside a
-/// write. A file that is destroyed without close() is closed, and an error of that is lost.
+/// write. A file that is destroyed without close() is closed, and an error of that is lost; where
+/// files are published when they are closed, it is not published.
 class WritableFile {
  public:
   virtual ~WritableFile() = default;
@@ -142,6 +145,11 @@ class FileSystem {
   /// without locks is kUnsupported.
   virtual std::unique_ptr<FileLock> try_lock(const std::string& path, std::string_view holder) = 0;
 
+  /// True of stores without rename(), where a file appears under its name, whole, durably and replacing what was there, when
+  /// close() returns. A close() that throws kUnavailable may have done that or may yet do it; one that throws anything else
+  /// never will. Other processes and crashes see nothing of a file before.
+  virtual bool publishes_on_close() const { return false; }
+
   /// All bytes of a regular file (as open()). kCorruptData if there are more than `max_bytes`.
   Bytes read_file(const std::string& path, uint64_t max_bytes);
 };
@@ -162,12 +170,12 @@ std::string join_path(const std::string& directory, const std::string& relative_
 inline constexpr std::string_view kTemporaryInfix = ".tmp-";
 
 /// Makes `name` in `directory` hold `bytes`: writes a temporary file beside it, syncs and closes it, renames it over
-/// `name`, syncs the directory. At every moment, also after an error or a crash, readers find the whole old file (or
+/// `name`, syncs the directory; where files are published when they are closed, it writes `name` itself. At every moment, also after an error or a crash, readers find the whole old file (or
 /// none, if there was none) or the whole new one. When it returns the new one is durable; `durable = false` leaves out
 /// both syncs and then a power loss may cost either. Writers may run at the same time: one of them wins.
 ///
 /// `replaced`, if given, tells how far it came, also when this throws: kNo before the rename was tried, kUnknown from
-/// then on, kYes at the end. After an error the temporary file is removed if that is possible. Test points:
+/// then on, kYes at the end; a publication that is known to have failed is kNo again. After an error the temporary file is removed if that is possible. Test points:
 /// commit.before_write, commit.before_sync, commit.before_rename, commit.after_rename, commit.after_sync.
 void replace_file_atomically(FileSystem& file_system, const std::string& directory, const std::string& name,
                              ByteSpan bytes, bool durable = true, Committed* replaced = nullptr);
