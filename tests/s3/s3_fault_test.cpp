@@ -37,6 +37,7 @@ class S3FaultTest : public testing::Test {
     RESHARD_SKIP_WITHOUT_S3_SERVER();
     server_.tell("clear");
     uploads_ = server_.uploads();
+    parts_ = server_.parts();
     directory_ = server_.new_prefix();
     // Every line of the log is kept, to look for secrets in it.
     set_log_sink([this](LogLevel, std::string_view text) {
@@ -79,8 +80,8 @@ class S3FaultTest : public testing::Test {
   }
   /// Injects and returns whether there was a request to hit.
   template <class Body>
-  bool with_fault(const std::string& kind, int nth, bool forever, const Body& body) {
-    server_.fault(kind, nth, forever);
+  bool with_fault(const std::string& kind, int nth, int times, const Body& body) {
+    server_.fault(kind, nth, times);
     body();
     const int hits = server_.counts().hits;
     what_ = server_.tell("last");
@@ -96,6 +97,7 @@ class S3FaultTest : public testing::Test {
   int faults_ = 0;
   // Uploads before the test. One whose beginning had its answer lost has no parts and nobody knows it.
   int uploads_ = 0;
+  int parts_ = 0;  // of those
   std::mutex mutex_;
   std::string log_;
 };
@@ -114,17 +116,17 @@ TEST_F(S3FaultTest, OneFaultThatPassesIsNotNoticedBySaveAndLoad) {
   for (const char* kind : kTransient) {
     for (int nth = 1; nth < 200; ++nth) {
       Outcome result;
-      const bool hit = with_fault(kind, nth, false, [&] { result = save(++number); });
+      const bool hit = with_fault(kind, nth, 1, [&] { result = save(++number); });
       SCOPED_TRACE(std::string(kind) + " at " + std::to_string(nth) + ": " + what_);
       ASSERT_FALSE(result.failed) << result.text;
       ASSERT_EQ(loaded(), number);
-      ASSERT_EQ(server_.parts(), 0);
+      ASSERT_EQ(server_.parts(), parts_);
       ASSERT_EQ(names().size(), files);
       if (!hit) break;
     }
     for (int nth = 1; nth < 200; ++nth) {
       int found = 0;
-      const bool hit = with_fault(kind, nth, false, [&] { found = loaded(); });
+      const bool hit = with_fault(kind, nth, 1, [&] { found = loaded(); });
       ASSERT_EQ(found, number) << kind << " at " << nth << ": " << what_;
       if (!hit) break;
     }
@@ -136,16 +138,16 @@ TEST_F(S3FaultTest, OneStallIsGivenUpAndTriedAgain) {
   ASSERT_FALSE(save(number).failed);
   for (int nth = 1; nth < 200; ++nth) {
     Outcome result;
-    const bool hit = with_fault("stall", nth, false, [&] { result = save(++number, 1, impatient()); });
+    const bool hit = with_fault("stall", nth, 1, [&] { result = save(++number, 1, impatient()); });
     SCOPED_TRACE(std::to_string(nth) + ": " + what_);
     ASSERT_FALSE(result.failed) << result.text;
     ASSERT_EQ(loaded(), number);
-    ASSERT_EQ(server_.parts(), 0);
+    ASSERT_EQ(server_.parts(), parts_);
     if (!hit) break;
   }
   for (int nth = 1; nth < 200; ++nth) {
     int found = 0;
-    const bool hit = with_fault("stall_before", nth, false, [&] { found = loaded(impatient()); });
+    const bool hit = with_fault("stall_before", nth, 1, [&] { found = loaded(impatient()); });
     ASSERT_EQ(found, number) << nth << ": " << what_;
     if (!hit) break;
   }
@@ -157,7 +159,7 @@ TEST_F(S3FaultTest, OneRefusalIsNotTriedAgainAndLeavesNothingHalfDone) {
   for (int nth = 1; nth < 200; ++nth) {
     const auto before = names();
     Outcome result;
-    const bool hit = with_fault("refuse", nth, false, [&] { result = save(number + 1, 2); });
+    const bool hit = with_fault("refuse", nth, 1, [&] { result = save(number + 1, 2); });
     SCOPED_TRACE(std::to_string(nth) + ": " + what_ + "\n" + result.text);
     if (result.failed) {
       EXPECT_EQ(result.code, ErrorCode::kIo);
@@ -173,7 +175,7 @@ TEST_F(S3FaultTest, OneRefusalIsNotTriedAgainAndLeavesNothingHalfDone) {
   }
   for (int nth = 1; nth < 200; ++nth) {
     Outcome result;
-    const bool hit = with_fault("refuse", nth, false, [&] { result = outcome([&] { EXPECT_EQ(loaded(), number); }); });
+    const bool hit = with_fault("refuse", nth, 1, [&] { result = outcome([&] { EXPECT_EQ(loaded(), number); }); });
     EXPECT_EQ(result.failed, hit) << nth << ": " << what_;
     if (!hit) break;
     EXPECT_EQ(result.code, ErrorCode::kIo) << result.text;
@@ -188,7 +190,7 @@ TEST_F(S3FaultTest, StoreThatGoesAwayForGoodLeavesTheOldOneOrTheNewOne) {
   for (const char* kind : {"slow_down", "reset_before", "reset_after"}) {
     for (int nth = 1; nth < 200; ++nth) {
       Outcome result;
-      const bool hit = with_fault(kind, nth, true, [&] { result = save(number + 1, 1, options); });
+      const bool hit = with_fault(kind, nth, S3Server::kForever, [&] { result = save(number + 1, 1, options); });
       SCOPED_TRACE(std::string(kind) + " from " + std::to_string(nth) + ": " + what_ + "\n" + result.text);
       const int found = loaded();
       if (!result.failed) {
@@ -210,13 +212,39 @@ TEST_F(S3FaultTest, StoreThatGoesAwayForGoodLeavesTheOldOneOrTheNewOne) {
   }
   for (int nth = 1; nth < 200; ++nth) {
     Outcome result;
-    const bool hit =
-        with_fault("slow_down", nth, true, [&] { result = outcome([&] { EXPECT_EQ(loaded(options), number); }); });
+    const bool hit = with_fault("slow_down", nth, S3Server::kForever,
+                                [&] { result = outcome([&] { EXPECT_EQ(loaded(options), number); }); });
     EXPECT_EQ(result.failed, hit);
     if (!hit) break;
     EXPECT_EQ(result.code, ErrorCode::kUnavailable) << result.text;
     EXPECT_THAT(result.text, HasSubstr("503"));
   }
+}
+
+TEST_F(S3FaultTest, RequestWhoseAnswersAreAllLostIsLookedAt) {
+  int number = 1;
+  ASSERT_FALSE(save(number).failed);
+  S3Options options = server_.options();
+  options.max_attempts = 2;
+  int committed = 0;
+  for (const char* kind : {"reset_after", "slow_down"}) {
+    for (int nth = 1; nth < 200; ++nth) {
+      Outcome result;
+      const bool hit = with_fault(kind, nth, 2, [&] { result = save(number + 1, 1, options); });
+      SCOPED_TRACE(std::string(kind) + " at " + std::to_string(nth) + ": " + what_ + "\n" + result.text);
+      if (result.failed) {
+        // The store is back in time for the upload to be called off.
+        EXPECT_EQ(result.committed, Committed::kNo);
+      } else {
+        ++number;
+        if (what_.starts_with("POST") && what_.find("?uploadId=") != std::string::npos) ++committed;
+      }
+      ASSERT_EQ(loaded(), number);
+      ASSERT_EQ(server_.parts(), parts_);
+      if (!hit) break;
+    }
+  }
+  EXPECT_GE(committed, 1) << "both answers to a completion lost";
 }
 
 TEST_F(S3FaultTest, AnswersThatLieAreErrorsNotValues) {
@@ -225,7 +253,7 @@ TEST_F(S3FaultTest, AnswersThatLieAreErrorsNotValues) {
   for (const char* kind : {"wrong_etag", "wrong_range"}) {
     for (int nth = 1; nth < 200; ++nth) {
       Outcome result;
-      const bool hit = with_fault(kind, nth, false, [&] { result = outcome([&] { EXPECT_EQ(loaded(), 1); }); });
+      const bool hit = with_fault(kind, nth, 1, [&] { result = outcome([&] { EXPECT_EQ(loaded(), 1); }); });
       if (result.failed) {
         ++failures[kind];
         EXPECT_THAT(result.code, AnyOf(ErrorCode::kFailedPrecondition, ErrorCode::kCorruptData)) << result.text;
@@ -238,7 +266,7 @@ TEST_F(S3FaultTest, AnswersThatLieAreErrorsNotValues) {
   int number = 1;
   for (int nth = 1; nth < 200; ++nth) {
     Outcome result;
-    const bool hit = with_fault("wrong_etag", nth, false, [&] { result = save(number + 1); });
+    const bool hit = with_fault("wrong_etag", nth, 1, [&] { result = save(number + 1); });
     if (!result.failed) ++number;
     ASSERT_EQ(loaded(), number) << what_ << result.text;
     ASSERT_EQ(server_.uploads(), uploads_);
@@ -252,7 +280,7 @@ TEST_F(S3FaultTest, DeadlineEndsTheAttempts) {
   options.max_attempts = 1000;
   options.attempt_timeout = milliseconds(50);
   options.deadline = milliseconds(300);
-  server_.fault("stall_before", 1, true);
+  server_.fault("stall_before", 1, S3Server::kForever);
   S3FileSystem s3(options);
   const auto begin = std::chrono::steady_clock::now();
   EXPECT_ERROR(ErrorCode::kTimeout, "in 300 ms, the last one: ", s3.status(directory_ + "/.metadata"));
@@ -274,17 +302,16 @@ TEST_F(S3FaultTest, LargeObjectsGoInPartsAtTheSameTimeAndSurviveFaultsInAnyPart)
   int number = 0;
   for (int nth = 1; nth < 50; ++nth) {
     const std::string name = std::to_string(++number);
-    const bool hit = with_fault("reset_after", nth, false, [&] { write(name); });
+    const bool hit = with_fault("reset_after", nth, 1, [&] { write(name); });
     Bytes found(large.size());
-    with_fault("truncate", 2 + nth % 16, false,
-               [&] { s3.open(directory_ + "/" + name)->read_exactly(0, found, "all"); });
+    with_fault("truncate", 2 + nth % 16, 1, [&] { s3.open(directory_ + "/" + name)->read_exactly(0, found, "all"); });
     ASSERT_TRUE(found == large) << what_;
     if (!hit) break;
   }
   EXPECT_GE(number, 6) << "begin, four parts, complete";
   uploads_ = server_.uploads();
   // One part is refused: neither object nor parts are left.
-  with_fault("refuse", 3, false, [&] { EXPECT_ERROR(ErrorCode::kIo, "cannot upload a part", write("refused")); });
+  with_fault("refuse", 3, 1, [&] { EXPECT_ERROR(ErrorCode::kIo, "cannot upload a part", write("refused")); });
   EXPECT_EQ(server_.uploads(), uploads_);
   EXPECT_EQ(s3.status(directory_ + "/refused"), std::nullopt);
   // Given up by its writer.
@@ -307,6 +334,7 @@ TEST_F(S3FaultTest, ObjectThatIsReplacedWhileItIsReadIsAnError) {
   EXPECT_ERROR(ErrorCode::kFailedPrecondition,
                "elements: the object changed while it was read; file " + directory_ + "/f, offset 2",
                file->read_exactly(2, out, "elements"));
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "found another version", file->read_exactly(2, out, "elements"));
   s3.remove(directory_ + "/f");
   EXPECT_ERROR(ErrorCode::kFailedPrecondition, "found no object", file->read_exactly(2, out, "elements"));
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """moto's S3 server, with faults on demand. Prints its port, then answers each line of stdin with one line:
 
-    fault KIND NTH FOREVER   the NTH request from now on (and all later ones) suffers it
+    fault KIND NTH TIMES     the NTH request from now on and those after it, TIMES in all, suffer it
     clear                    no faults, and the count of requests starts anew
     count                    requests since then, and how many of them suffered a fault
     last                     what the request was that suffered one first, or -
@@ -67,12 +67,12 @@ class Faults:
         self.clear()
 
     def clear(self):
-        self.kind, self.nth, self.forever, self.count, self.hits, self.last = None, 0, False, 0, 0, "-"
+        self.kind, self.nth, self.times, self.count, self.hits, self.last = None, 0, 0, 0, 0, "-"
 
     def next(self, what):
         with self.lock:
             self.count += 1
-            if self.kind is None or self.count < self.nth or (self.count > self.nth and not self.forever):
+            if self.kind is None or not self.nth <= self.count < self.nth + self.times:
                 return None
             self.hits += 1
             if self.hits == 1:
@@ -172,7 +172,7 @@ for line in sys.stdin:
     if command == "fault":
         with faults.lock:
             faults.clear()
-            faults.kind, faults.nth, faults.forever = arguments[0], int(arguments[1]), arguments[2] == "1"
+            faults.kind, faults.nth, faults.times = arguments[0], int(arguments[1]), int(arguments[2])
         answer = "ok"
     elif command == "clear":
         with faults.lock:

@@ -62,9 +62,12 @@ class S3Server {
       throw std::runtime_error("write to the S3 server");
     return read_line();
   }
-  void fault(const std::string& kind, int nth, bool forever = false) {
-    if (tell("fault " + kind + " " + std::to_string(nth) + (forever ? " 1" : " 0")) != "ok")
+  static constexpr int kForever = 1'000'000;
+  /// The nth request from now on and those after it, so many in all.
+  void fault(const std::string& kind, int nth, int times = 1) {
+    if (tell("fault " + kind + " " + std::to_string(nth) + " " + std::to_string(times)) != "ok") {
       throw std::runtime_error("fault");
+    }
   }
   struct Counts {
     int requests = 0;
