@@ -124,7 +124,7 @@ struct FsdpEngine::GradientTarget final : TouchTarget {
                 op + " used the gradient of a module's own parameter handle, but the gradient is in the sharded "
                      "model's slices: give "
                      "parameters() of the sharded model to the optimizer, and clip with its clip_grad_norm",
-                {.rank = engine->group().rank(), .key = engine->name_at(*flat, tensor)});
+                {.rank = engine->global_rank(), .key = engine->name_at(*flat, tensor)});
   }
   void unpin() noexcept override {}
   FsdpEngine* engine;
@@ -291,7 +291,7 @@ void FsdpEngine::require_same_on_all_ranks(const Discovered& found) const {
       ErrorCode::kInvalidArgument,
       "the ranks of the group wrap different models: names, shapes, dtypes, what is frozen, units, layout or mixed "
       "precision differ",
-      {.rank = group().rank(), .found = std::to_string(found.handles.size()) + " parameters here"});
+      {.rank = global_rank(), .found = std::to_string(found.handles.size()) + " parameters here"});
 }
 
 void FsdpEngine::build_units(Discovered found, const std::shared_ptr<Recording>& recording) {
@@ -420,14 +420,14 @@ void FsdpEngine::pin(FlatParameter& flat, const std::string& op, const at::Tenso
         op + " used a sharded parameter outside of a forward pass, a backward pass and SummonFullParams; gathering "
              "it here would wait for the other ranks. (An optimizer or a clip needs the sharded model's "
              "parameters(), not the module's.)",
-        {.rank = group().rank(), .key = name_at(flat, tensor)});
+        {.rank = global_rank(), .key = name_at(flat, tensor)});
   }
   if (in_backward()) {
     if (flat.is_stale() && forward_depth_ == 0) {
       throw Error(ErrorCode::kFailedPrecondition,
                   op + " of the backward pass needs a parameter as the forward pass saw it, but it was written since: "
                        "no optimizer step or load may come between the two",
-                  {.rank = group().rank(), .key = name_at(flat, tensor)});
+                  {.rank = global_rank(), .key = name_at(flat, tensor)});
     }
     queue_end_of_backward();
   }
@@ -477,7 +477,7 @@ void FsdpEngine::note_load() {
 
 void FsdpEngine::on_gradient(FlatParameter& flat, FlatParameter::Member& member) {
   std::lock_guard lock(mutex_);
-  const ErrorContext context{.rank = group().rank(), .key = parameters_[member.index].names.front()};
+  const ErrorContext context{.rank = global_rank(), .key = parameters_[member.index].names.front()};
   if (at::GradMode::is_enabled()) {
     throw Error(ErrorCode::kUnsupported, "backward with create_graph cannot go through a sharded parameter", context);
   }
@@ -527,7 +527,7 @@ void FsdpEngine::check_before_forward() {
     }
     for (FlatParameter::Member& member : flat.members()) {
       const ShardedParameter& parameter = parameters_[member.index];
-      const ErrorContext context{.rank = group().rank(), .key = parameter.names.front()};
+      const ErrorContext context{.rank = global_rank(), .key = parameter.names.front()};
       if (!flat.owns(member)) {
         throw Error(ErrorCode::kFailedPrecondition,
                     "the module's parameter no longer belongs to the sharded model: Module::to, set_data or an "
@@ -583,7 +583,7 @@ void FsdpEngine::end_forward() noexcept {
 void FsdpEngine::require_idle(const char* what) const {
   if (forward_depth_ > 0 || in_backward()) {
     throw Error(ErrorCode::kFailedPrecondition, std::string(what) + " is not allowed inside a forward or backward pass",
-                {.rank = group().rank()});
+                {.rank = global_rank()});
   }
 }
 

@@ -46,6 +46,8 @@ class FsdpEngine : public std::enable_shared_from_this<FsdpEngine> {
   /// The flat parameters under their names in a local state dict.
   const std::vector<std::pair<std::string, FlatParameter*>>& flat_parameters() const { return flat_parameters_; }
   ProcessGroup& group() const { return *options_.process_group; }
+  /// Of this process: what errors name, since replicas have equal ranks in their groups.
+  int global_rank() const { return group().ranks()[static_cast<size_t>(group().rank())]; }
   const std::shared_ptr<ProcessGroup>& shared_group() const { return options_.process_group; }
   std::vector<std::string> unit_names() const { return unit_names_; }
 

@@ -14,6 +14,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "fsdp/engine.h"
 #include "fsdp/optimizer_parameters.h"
 #include "fsdp/shard_range.h"
 #include "reshard/core/error.h"
@@ -502,7 +503,7 @@ StateDict optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model)
 
 void load_optimizer_state_dict(Optimizer& optimizer, const ShardedModule& model, const StateDict& dict) {
   OptimizerLoad load;  // nothing is written before all is checked
-  with_error_context({.rank = model.process_group().rank()},
+  with_error_context({.rank = model.engine()->global_rank()},
                      [&] { plan_optimizer_load(optimizer, model.sharded_parameters(), /*whole=*/false, dict, load); });
   for (const StateWrite& write : load.writes) write.apply(write.value == nullptr ? StateValue() : *write.value);
 }

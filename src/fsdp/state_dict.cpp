@@ -152,7 +152,7 @@ void ShardedModule::load_state_dict(const StateDict& state) {
   for (const FsdpEngine::Entry& entry : engine_->entries()) entries[entry.name] = &entry;
   std::unordered_map<std::string, const FlatParameter*> flats;
   for (const auto& [name, flat] : engine_->flat_parameters()) flats[name] = flat;
-  const int rank = engine_->group().rank();
+  const int rank = engine_->global_rank();
   const auto range_of = [&](size_t i) {
     return ShardRange{parameters[i].shape, parameters[i].begin, parameters[i].end, parameters[i].slice};
   };
