@@ -245,6 +245,10 @@ TEST_P(StorageConformanceTest, FilesAreThoseOfADirectory) {
     file->close();
   }
   EXPECT_EQ(loaded_generation(copy), 5);
+  // Bit for bit what a save into a directory writes, which the interop tests show to PyTorch.
+  save_checkpoint(local.root + "/other", generation(5, ranks()));
+  EXPECT_EQ(local_file_system().read_file(copy + "/__0_0.distcp", 1 << 20),
+            local_file_system().read_file(local.root + "/other/__0_0.distcp", 1 << 20));
 }
 
 // --- bad input
