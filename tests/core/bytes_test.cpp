@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "support/expect_error.h"
@@ -46,6 +47,34 @@ TEST(BytesTest, EveryLengthOfVarintComesBack) {
       EXPECT_EQ(reader.varint(), v);
       EXPECT_TRUE(reader.at_end());
     }
+  }
+}
+
+TEST(BytesTest, PiecesOfEveryLengthComeInOrder) {
+  Bytes all(1500);
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<std::byte>(i * 7 + i / 256);
+  for (size_t piece = 1; piece <= 600; ++piece) {
+    ByteWriter writer;
+    for (size_t at = 0; at < all.size(); at += piece) {
+      writer.bytes(ByteSpan(all).subspan(at, std::min(piece, all.size() - at)));
+      ASSERT_EQ(writer.size(), std::min(at + piece, all.size()));
+      if (at % 3 == 0) {
+        ASSERT_EQ(writer.buffer().size(), writer.size());
+      }
+    }
+    ASSERT_EQ(writer.take(), all) << piece;
+    EXPECT_EQ(writer.size(), 0U);
+  }
+  for (size_t before = 240; before < 260; ++before) {  // a number does not fit in the room that is left
+    ByteWriter writer;
+    writer.bytes(ByteSpan(all).first(before));
+    writer.varint(~uint64_t{0});
+    writer.u64(5);
+    const Bytes bytes = writer.take();
+    ByteReader reader(bytes);
+    reader.bytes(before);
+    EXPECT_EQ(reader.varint(), ~uint64_t{0});
+    EXPECT_EQ(reader.u64(), 5U);
   }
 }
 

@@ -21,22 +21,29 @@ using MutableByteSpan = std::span<std::byte>;
 inline ByteSpan as_bytes(std::string_view text) { return std::as_bytes(std::span(text.data(), text.size())); }
 inline std::string_view as_text(ByteSpan bytes) { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
 
-/// Appends little-endian values to a buffer.
+/// Appends little-endian values to a buffer. The last few hundred bytes are kept apart until they are enough to be worth a call of the
+/// buffer: catalogues are made of bytes and short numbers.
 class ByteWriter {
  public:
-  void u8(uint8_t v) { out_.push_back(static_cast<std::byte>(v)); }
+  void u8(uint8_t v) {
+    *room(1) = static_cast<std::byte>(v);
+    ++staged_;
+  }
   void u16(uint16_t v) { raw(&v, 2); }
   void u32(uint32_t v) { raw(&v, 4); }
   void u64(uint64_t v) { raw(&v, 8); }
   void i64(int64_t v) { raw(&v, 8); }
   void varint(uint64_t v) {  // LEB128: 7 bits a byte, low first
-    while (v >= 0x80) {
-      u8(static_cast<uint8_t>(v | 0x80));
-      v >>= 7;
-    }
-    u8(static_cast<uint8_t>(v));
+    std::byte* at = room(10);
+    for (; v >= 0x80; v >>= 7) *at++ = static_cast<std::byte>(v | 0x80);
+    *at++ = static_cast<std::byte>(v);
+    staged_ = static_cast<size_t>(at - stage_);
   }
-  void bytes(ByteSpan b) { out_.insert(out_.end(), b.begin(), b.end()); }
+  void bytes(ByteSpan b) {
+    if (b.size() <= kStage) return raw(b.data(), b.size());
+    flush();
+    append(b);
+  }
   void text(std::string_view s) { bytes(as_bytes(s)); }
   /// varint length, then the bytes.
   void blob(ByteSpan b) {
@@ -44,16 +51,32 @@ class ByteWriter {
     bytes(b);
   }
   void string(std::string_view s) { blob(as_bytes(s)); }
-  size_t size() const { return out_.size(); }
-  Bytes& buffer() { return out_; }
-  Bytes take() { return std::move(out_); }
+  size_t size() const { return out_.size() + staged_; }
+  /// All that was written, until the next value is.
+  Bytes& buffer() {
+    flush();
+    return out_;
+  }
+  Bytes take() { return std::move(buffer()); }
 
  private:
-  void raw(const void* p, size_t n) {
-    const auto* b = static_cast<const std::byte*>(p);
-    out_.insert(out_.end(), b, b + n);
+  static constexpr size_t kStage = 256;
+  std::byte* room(size_t n) {
+    if (kStage - staged_ < n) flush();
+    return stage_ + staged_;
   }
+  void raw(const void* p, size_t n) {
+    if (n != 0) std::memcpy(room(n), p, n);
+    staged_ += n;
+  }
+  void flush() {
+    append({stage_, staged_});
+    staged_ = 0;
+  }
+  [[gnu::noinline]] void append(ByteSpan b) { out_.insert(out_.end(), b.begin(), b.end()); }
   Bytes out_;
+  size_t staged_ = 0;
+  std::byte stage_[kStage];
 };
 
 /// Reads little-endian values from a span; reading past the end throws kCorruptData naming what was wanted. Borrows the
