@@ -9,6 +9,7 @@
 // that are fibers of one thread, and counts what goes through the coordinator; row `repeat` is the second such save of
 // ranks that keep their plans. Without --ranks a sweep of cases runs.
 // Each case has a process of its own, so that its peak of memory is its own. --metadata keeps the catalogue of row `plans`.
+#include <malloc.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -215,15 +216,23 @@ Result run_plans(int64_t ranks, int64_t tensors) {
   plans = writer.prepare_global_plan(std::move(global.plans));
   watch.add_to("place");
   Metadata& metadata = global.metadata;
-  metadata.storage_data.reserve(static_cast<size_t>(ranks * tensors));
+  std::vector<std::pair<MetadataIndex, StorageInfo>> stored;
+  stored.reserve(static_cast<size_t>(ranks * tensors));
+  uint64_t freed = 0;
   for (SavePlan& plan : plans) {
     plan.planner_data = {};
     send(encode_save_plan(plan));
     for (size_t i = 0; i < plan.items.size(); ++i) {
-      metadata.storage_data.insert(std::move(plan.items[i].index), std::move(plan.storage[i]));
+      stored.emplace_back(std::move(plan.items[i].index), std::move(plan.storage[i]));
     }
+    freed += plan.items.size() * (sizeof(WriteItem) + sizeof(StorageInfo));
     plan = {};
+    if (freed >= 256 << 20) {  // as in run_save()
+      malloc_trim(0);
+      freed = 0;
+    }
   }
+  if (metadata.storage_data.assign(std::move(stored))) std::abort();
   watch.add_to("answers");
   const Bytes file = encode_metadata(metadata);
   watch.add_to("metadata_encode");

@@ -237,9 +237,9 @@ class Decoder {
     properties.dtype = *known;
     properties.layout = fields[1].is_none() ? std::string() : text(only_argument(layout_, fields[1]));
     properties.requires_grad = fields[2].as_bool();
-    properties.memory_format = only_argument(memory_format_, fields[3]).as_int();
-    if (properties.memory_format < 0 || properties.memory_format > 2)
-      corrupt("memory format", "0 to 2", std::to_string(properties.memory_format));
+    const int64_t memory_format = only_argument(memory_format_, fields[3]).as_int();
+    if (memory_format < 0 || memory_format > 2) corrupt("memory format", "0 to 2", std::to_string(memory_format));
+    properties.memory_format = static_cast<int32_t>(memory_format);
     properties.pin_memory = fields[4].as_bool();
     return properties;
   }
@@ -382,13 +382,19 @@ class Encoder {
     const size_t frame = out_.size();
     out_.u64(0);
 
+    strings_.reserve(2 * metadata.state_dict_metadata.size());
+    names_.reserve(metadata.state_dict_metadata.size());
+    offsets_.resize(metadata.state_dict_metadata.size());
+    entries_ = &metadata.state_dict_metadata;
+
     begin_object(kCatalogue, "Metadata");
     str("state_dict_metadata");
     begin_dict();
-    for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+    for (size_t i = 0; const auto& [fqn, entry] : metadata.state_dict_metadata) {
+      Offsets& offsets = offsets_[i++];
       str(fqn);
       if (const auto* tensor = std::get_if<TensorStorageMetadata>(&entry)) {
-        tensor_entry(fqn, *tensor);
+        tensor_entry(*tensor, offsets);
       } else {
         new_object(kCatalogue, "BytesStorageMetadata");
       }
@@ -481,6 +487,11 @@ class Encoder {
   }
 
  private:
+  struct Offsets {
+    std::span<const ChunkStorageMetadata> chunks;
+    size_t first_memo = 0;  // in offset_memos_, where those of the chunks begin
+  };
+
   void op(Op v) { out_.u8(static_cast<uint8_t>(v)); }
 
   void memoize() {
@@ -500,8 +511,10 @@ class Encoder {
   // Text that the catalogue owns or a literal: it outlives the encoder.
   void str(std::string_view text) {
     if (text.size() > kLongText) return raw_str(text);
-    const auto [it, is_new] = strings_.try_emplace(text, memo_);
-    if (!is_new) return recall(it->second);
+    const size_t known = strings_.size();
+    uint32_t& memo = strings_[text];
+    if (strings_.size() == known) return recall(memo);
+    memo = memo_;
     raw_str(text);
     memoize();
   }
@@ -637,7 +650,7 @@ class Encoder {
     op(Op::kBuild);
   }
 
-  void tensor_entry(const std::string& fqn, const TensorStorageMetadata& tensor) {
+  void tensor_entry(const TensorStorageMetadata& tensor, Offsets& offsets) {
     begin_object(kCatalogue, "TensorStorageMetadata");
     str("properties");
     properties(tensor.properties);
@@ -646,9 +659,7 @@ class Encoder {
     str("chunks");
     op(Op::kEmptyList);
     op(Op::kMark);
-    Offsets& offsets = offsets_[fqn];
-    offsets.chunks = tensor.chunks;
-    offsets.memo.reserve(tensor.chunks.size());
+    offsets = {tensor.chunks, offset_memos_.size()};
     const ChunkStorageMetadata* before = nullptr;
     uint32_t sizes = 0;  // where the sizes of `before` are
     for (const ChunkStorageMetadata& chunk : tensor.chunks) {
@@ -657,7 +668,7 @@ class Encoder {
         str("offsets");
       });
       size(chunk.offsets);
-      offsets.memo.push_back(memo_);
+      offset_memos_.push_back(memo_);
       memoize();
       fixed(chunk_sizes_, [&] { str("sizes"); });
       if (before != nullptr && before->sizes == chunk.sizes) {
@@ -673,10 +684,6 @@ class Encoder {
     op(Op::kAppends);
     end_object();
   }
-  struct Offsets {
-    std::span<const ChunkStorageMetadata> chunks;
-    std::vector<uint32_t> memo;  // of each chunk's offsets
-  };
   // What is known of the name of an item or file, which many items share.
   struct Name {
     std::optional<uint32_t> memo;  // unless it is too long to be referred to
@@ -692,8 +699,8 @@ class Encoder {
       return known;
     }
     str(text.str());
-    if (const auto it = strings_.find(text.str()); it != strings_.end()) known.memo = it->second;
-    if (const auto it = offsets_.find(text.str()); it != offsets_.end()) known.offsets = &it->second;
+    if (const uint32_t* memo = strings_.find(text.str())) known.memo = *memo;
+    if (const auto entry = entries_->position(text)) known.offsets = &offsets_[*entry];
     return known;
   }
   // The offsets of an item are those of its chunk, which the index hints at.
@@ -701,18 +708,20 @@ class Encoder {
     if (offsets != nullptr && index.index) {
       const auto hint = static_cast<size_t>(*index.index);
       if (hint < offsets->chunks.size() && offsets->chunks[hint].offsets == *index.offset)
-        return recall(offsets->memo[hint]);
+        return recall(offset_memos_[offsets->first_memo + hint]);
     }
     size(*index.offset);
   }
 
   ByteWriter out_;
   uint32_t memo_ = 0;
-  std::unordered_map<std::string_view, uint32_t> strings_;
+  OrderedMap<std::string_view, uint32_t> strings_;
   std::unordered_map<std::string_view, uint32_t> globals_;
   std::unordered_map<std::string_view, uint32_t> layouts_;
   std::unordered_map<int64_t, uint32_t> memory_formats_;
-  std::unordered_map<std::string_view, Offsets> offsets_;
+  const OrderedMap<std::string, StorageMetadata>* entries_ = nullptr;
+  std::vector<Offsets> offsets_;        // of each entry
+  std::vector<uint32_t> offset_memos_;  // of the offsets of all chunks
   OrderedMap<SharedString, Name> names_;
   Bytes index_begin_, index_hint_, index_offset_, info_begin_, info_offset_, info_length_, size_begin_, chunk_begin_,
       chunk_sizes_;

@@ -424,7 +424,7 @@ class Scanner {
     }
     require(fields[2].kind == Kind::kBool && fields[3].kind == Kind::kMemoryFormat && fields[4].kind == Kind::kBool);
     properties.requires_grad = fields[2].number != 0;
-    properties.memory_format = fields[3].number;
+    properties.memory_format = static_cast<int32_t>(fields[3].number);
     properties.pin_memory = fields[4].number != 0;
     properties_.push_back(std::move(properties));
     return Value::of(Kind::kProperties, static_cast<int64_t>(properties_.size() - 1));

@@ -22,9 +22,9 @@ void validate_tensor(const std::string& fqn, const TensorStorageMetadata& tensor
     corrupt("tensor has too many dimensions", fqn, "at most " + std::to_string(kMaxTensorRank),
             std::to_string(tensor.size.size()));
   }
-  with_error_context({.key = fqn}, [&] {
-    checked_mul(volume(tensor.size), element_size(tensor.properties.dtype), "number of bytes of a tensor");
-  });
+  with_error_context(
+      [&] { return ErrorContext{.key = fqn}; },
+      [&] { checked_mul(volume(tensor.size), element_size(tensor.properties.dtype), "number of bytes of a tensor"); });
   for (size_t i = 0; i < tensor.chunks.size(); ++i) {
     if (!is_inside(tensor.chunks[i], tensor.size)) {
       corrupt("chunk " + std::to_string(i) + " lies outside its tensor", fqn, "a box inside " + to_string(tensor.size),
@@ -54,7 +54,7 @@ struct Hinted {
 }  // namespace
 
 const SharedString& strided_layout() {
-  static const SharedString layout("torch.strided");
+  static const SharedString layout = SharedString::permanent("torch.strided");
   return layout;
 }
 

@@ -148,7 +148,7 @@ class ItemGroups {
     first_copy_.reserve(plans.size());
     for (uint32_t rank = 0; rank < plans.size(); ++rank) {
       first_copy_.push_back(copies_.size());
-      for (uint32_t i = 0; i < plans[rank].items.size(); ++i) add(rank, i);
+      add(rank);
     }
   }
 
@@ -174,15 +174,28 @@ class ItemGroups {
     return id;
   }
 
-  void add(uint32_t rank, uint32_t item_index) {
+  // The slots of a plan's items are far from each other: all are asked for before the first is used.
+  void add(uint32_t rank) {
+    const SavePlan& plan = plans_[rank];
+    looked_up_.clear();
+    for (size_t i = 0; i < plan.items.size(); ++i) {
+      const WriteItem& added = plan.items[i];
+      check_item(added, rank);
+      check_tie(plan, i, rank);
+      const uint32_t key = key_of(added, rank);
+      const size_t slot =
+          (DimsHash{}(added.chunk.offsets) ^ (key * 0x9E3779B97F4A7C15ull)) * 0xFF51AFD7ED558CCDull >> 20;
+      looked_up_.push_back({key, slot});
+      __builtin_prefetch(&table_[slot & (table_.size() - 1)], 1);
+    }
+    for (uint32_t i = 0; i < plan.items.size(); ++i) add(rank, i, looked_up_[i].key, looked_up_[i].slot);
+  }
+
+  void add(uint32_t rank, uint32_t item_index, uint32_t key, size_t slot) {
     const WriteItem& added = plans_[rank].items[item_index];
-    check_item(added, rank);
-    check_tie(plans_[rank], item_index, rank);
-    const uint32_t key = key_of(added, rank);
     const auto copy = static_cast<uint32_t>(copies_.size());
     copies_.push_back({rank, item_index});
     const size_t mask = table_.size() - 1;
-    size_t slot = (DimsHash{}(added.chunk.offsets) ^ (key * 0x9E3779B97F4A7C15ull)) * 0xFF51AFD7ED558CCDull >> 20;
     for (;; ++slot) {
       uint32_t& id = table_[slot & mask];
       if (id == kNone) {
@@ -220,6 +233,11 @@ class ItemGroups {
   std::vector<size_t> first_copy_;  // of each rank
   std::vector<Group> groups_;
   std::vector<uint32_t> table_;  // of groups
+  struct LookedUp {
+    uint32_t key;
+    size_t slot;  // where its search begins
+  };
+  std::vector<LookedUp> looked_up_;  // the items of the plan that is being added
   std::vector<Key> keys_;
   OrderedMap<SharedString, uint32_t> key_ids_;
 };
@@ -443,9 +461,11 @@ SavePlan DefaultSavePlanner::create_local_plan() {
                    .found = tensor.chunks.size() == 1 ? to_string(tensor.chunks[0])
                                                       : std::to_string(tensor.chunks.size()) + " chunks"});
     }
-    const int64_t payload = with_error_context({.key = fqn}, [&] {
-      return checked_mul(volume(tensor.size), element_size(tensor.properties.dtype), "number of bytes of a tensor");
-    });
+    const int64_t payload = with_error_context(
+        [&] { return ErrorContext{.key = fqn}; },
+        [&] {
+          return checked_mul(volume(tensor.size), element_size(tensor.properties.dtype), "number of bytes of a tensor");
+        });
     if (payload == 0) {
       add_chunk(whole_box(tensor.size), 0);
       continue;
@@ -566,8 +586,8 @@ void validate_global_plan(const Metadata& metadata, const std::vector<SavePlan>&
   for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
     const auto* tensor = std::get_if<TensorStorageMetadata>(&entry);
     if (tensor == nullptr) continue;
-    const auto error =
-        with_error_context({.key = fqn}, [&] { return check_exact_tiling(tensor->size, tensor->chunks); });
+    const auto error = with_error_context([&, &fqn = fqn] { return ErrorContext{.key = fqn}; },
+                                          [&] { return check_exact_tiling(tensor->size, tensor->chunks); });
     if (!error) continue;
     const auto chunk = [&, &fqn = fqn](size_t i) {
       return to_string(tensor->chunks[i]) + " of " + rank_of(plans, fqn, tensor->chunks[i]);

@@ -184,7 +184,11 @@ class Decoder {
     p.requires_grad = (flags & kRequiresGrad) != 0;
     p.pin_memory = (flags & kPinMemory) != 0;
     if ((flags & kOtherLayout) != 0) p.layout = in_.string();
-    if ((flags & kOtherMemoryFormat) != 0) p.memory_format = number();
+    if ((flags & kOtherMemoryFormat) != 0) {
+      const int64_t format = number();
+      if (format > std::numeric_limits<int32_t>::max()) fail("holds a memory format that does not exist");
+      p.memory_format = static_cast<int32_t>(format);
+    }
     return p;
   }
   ObjectPath path(const std::string& fqn) {
@@ -560,9 +564,8 @@ Metadata decode_catalogue(ByteSpan bytes) {
   }
 
   const size_t items = in.count(7);
-  metadata.storage_data.reserve(items);
-  for (size_t i = 0; i < items; ++i) {
-    MetadataIndex index;
+  std::vector<std::pair<MetadataIndex, StorageInfo>> stored(items);
+  for (auto& [index, info] : stored) {
     index.fqn = get_key();
     index.index = decoder.hint();
     switch (decoder.choice<uint8_t>(3)) {
@@ -580,9 +583,9 @@ Metadata decode_catalogue(ByteSpan bytes) {
       default:
         index.offset = decoder.dims();
     }
-    StorageInfo info = decoder.storage();
-    if (!metadata.storage_data.insert(std::move(index), std::move(info))) decoder.fail("holds an item twice");
+    info = decoder.storage();
   }
+  if (metadata.storage_data.assign(std::move(stored))) decoder.fail("holds an item twice");
 
   const auto get_text = [&](std::optional<std::string>& text) {
     if (decoder.flag()) text = in.string();

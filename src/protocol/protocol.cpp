@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/protocol/protocol.h"
 
+#include <malloc.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -29,6 +31,9 @@ enum class Step : uint8_t { kMetadata = 1, kPlan = 2, kTransfer = 3 };
 constexpr size_t kMaxFailureText = 16 << 10;
 constexpr size_t kMinFailureText = 512;
 constexpr size_t kMaxFailureTexts = 256 << 10;
+
+// Of plans that are done with, before the system gets it back. Ordinary jobs never have as much.
+constexpr uint64_t kTrimBytes = 256 << 20;
 
 using Failures = std::map<int, RankFailure>;
 
@@ -350,6 +355,7 @@ struct CoordinatedSave {
   std::vector<Vote> expected;  // a rank
   std::vector<Part> parts;     // the same
   std::vector<std::optional<SidecarDigest>> sidecars;
+  std::vector<std::pair<MetadataIndex, StorageInfo>> stored;  // what will be the storage_data of the catalogue
   Metadata metadata;
   SaveResult result;
 };
@@ -464,9 +470,7 @@ void expect_part(size_t r, const SavePlan& plan, const ShortDigest& plan_digest,
   part.first = save.metadata.storage_data.size();
   for (size_t i = 0; i < plan.items.size(); ++i) {
     receipts.add(plan.items[i].index, plan.storage[i]);
-    if (!save.metadata.storage_data.insert(plan.items[i].index, plan.storage[i])) {
-      throw Error(ErrorCode::kInternal, "an item is written twice", {.key = to_string(plan.items[i].index)});
-    }
+    save.stored.emplace_back(plan.items[i].index, plan.storage[i]);
     const auto tied_to = plan.items[i].tied_to;
     const bool is_shared = tied_to && plan.storage[i] == plan.storage[*tied_to];
     if (!writer.places_are_final()) {
@@ -488,10 +492,20 @@ void begin_catalogue(Metadata metadata, const std::vector<SavePlan>& plans, cons
   save.metadata.version = kMetadataVersion;
   size_t items = 0;
   for (const SavePlan& plan : plans) items += plan.items.size();
-  save.metadata.storage_data.reserve(items);
+  save.stored.clear();
+  save.stored.reserve(items);
   save.expected.resize(plans.size());
   save.parts.resize(plans.size());
   save.sidecars.resize(plans.size());
+}
+
+/// Completes the catalogue once all parts are expected.
+void end_catalogue(CoordinatedSave& save) {
+  auto& items = save.metadata.storage_data;
+  if (const auto twice = items.assign(std::move(save.stored))) {
+    throw Error(ErrorCode::kInternal, "an item is written twice",
+                {.key = to_string(items.begin()[static_cast<ptrdiff_t>(*twice)].first)});
+  }
 }
 
 /// Places all items under a new save id.
@@ -530,6 +544,7 @@ std::vector<Bytes> plan_globally(LocalPlans local, SavePlanner& planner, Storage
   }
   begin_catalogue(std::move(global.metadata), plans, writer, save);
   std::vector<Bytes> answers(world_size);
+  uint64_t freed = 0;
   for (size_t r = 0; r < world_size; ++r) {
     SavePlan& plan = plans[r];
     plan.planner_data = {};  // is in the catalogue; no rank needs it to write
@@ -542,11 +557,18 @@ std::vector<Bytes> plan_globally(LocalPlans local, SavePlanner& planner, Storage
       for (const SharedSet& set : shared[r]) rank.sets.push_back(set.id);
       if (r == 0) own = plan;
     } else {
+      freed += plan.items.size() * (sizeof(WriteItem) + sizeof(StorageInfo));
       if (r == 0) own = std::move(plan);
       plan = {};
+      // The plans of thousands of ranks would stay with the process while the catalogue grows.
+      if (freed >= kTrimBytes) {
+        malloc_trim(0);
+        freed = 0;
+      }
     }
     transport.heartbeat();
   }
+  end_catalogue(save);
   if (kept != nullptr) {
     kept->structure = kept->ranks[0].structure;
     kept->shared = std::move(shared[0]);
@@ -577,6 +599,7 @@ std::optional<std::vector<Bytes>> plan_again(Kept& kept, StorageWriter& writer, 
     expect_part(r, plan, digest_of_reused(kept.ranks[r].answer, answers[r]), writer, save);
     transport.heartbeat();
   }
+  end_catalogue(save);
   own = kept.plans[0];
   test_point("save.placed");
   return answers;

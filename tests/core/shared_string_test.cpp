@@ -31,6 +31,19 @@ TEST(SharedStringTest, EqualTextIsEqualWhereverItCameFrom) {
   EXPECT_EQ(SharedStringHash{}(std::string_view("name")), SharedStringHash{}(SharedString("name")));
 }
 
+TEST(SharedStringTest, APermanentOneOutlivesItsCopies) {
+  static const SharedString permanent = SharedString::permanent("torch.strided");
+  const char* text = permanent.c_str();
+  for (int i = 0; i < 3; ++i) {
+    SharedString copy = permanent;
+    SharedString moved = std::move(copy);
+    copy = moved;
+    EXPECT_EQ(copy.c_str(), text);
+  }
+  EXPECT_EQ(permanent, "torch.strided");
+  EXPECT_TRUE(SharedString::permanent("").empty());
+}
+
 TEST(SharedStringTest, AnEmptyOneIsTheDefault) {
   EXPECT_TRUE(SharedString("").empty());
   EXPECT_EQ(SharedString(""), SharedString());

@@ -21,8 +21,15 @@ class SharedString {
   SharedString(std::string text) : block_(text.empty() ? nullptr : new Block(std::move(text))) {}
   SharedString(std::string_view text) : SharedString(std::string(text)) {}
   SharedString(const char* text) : SharedString(std::string(text)) {}
+  /// One that lives as long as the process. Its copies are not counted, so that threads that make them do not wait for one
+  /// another.
+  static SharedString permanent(std::string text) {
+    SharedString result(std::move(text));
+    if (result.block_ != nullptr) result.block_->owners.store(Block::kPermanent, std::memory_order_relaxed);
+    return result;
+  }
   SharedString(const SharedString& other) noexcept : block_(other.block_) {
-    if (block_ != nullptr) block_->owners.fetch_add(1, std::memory_order_relaxed);
+    if (is_counted()) block_->owners.fetch_add(1, std::memory_order_relaxed);
   }
   SharedString(SharedString&& other) noexcept : block_(std::exchange(other.block_, nullptr)) {}
   SharedString& operator=(SharedString other) noexcept {
@@ -30,7 +37,7 @@ class SharedString {
     return *this;
   }
   ~SharedString() {
-    if (block_ != nullptr && block_->owners.fetch_sub(1, std::memory_order_acq_rel) == 1) delete block_;
+    if (is_counted() && block_->owners.fetch_sub(1, std::memory_order_acq_rel) == 1) delete block_;
   }
 
   const std::string& str() const noexcept { return block_ != nullptr ? block_->text : empty_string(); }
@@ -59,10 +66,14 @@ class SharedString {
  private:
   struct Block {
     explicit Block(std::string t) : text(std::move(t)), hash(std::hash<std::string>{}(text)) {}
+    static constexpr size_t kPermanent = 0;  // which no living text has otherwise
     std::atomic<size_t> owners = 1;
     const std::string text;
     const size_t hash;
   };
+  bool is_counted() const noexcept {
+    return block_ != nullptr && block_->owners.load(std::memory_order_relaxed) != Block::kPermanent;
+  }
   static const std::string& empty_string() noexcept {
     static const std::string empty;
     return empty;

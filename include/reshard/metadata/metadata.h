@@ -27,7 +27,7 @@ struct TensorProperties {
   DType dtype = DType::kFloat32;
   bool requires_grad = false;
   bool pin_memory = false;
-  int64_t memory_format = 0;  // 0 contiguous, 1 channels_last, 2 preserve
+  int32_t memory_format = 0;  // 0 contiguous, 1 channels_last, 2 preserve
   SharedString layout = strided_layout();
   friend bool operator==(const TensorProperties&, const TensorProperties&) = default;
 };

@@ -41,7 +41,6 @@ using ContentDigest = std::array<std::byte, 16>;
 /// One thing that a rank can write.
 struct WriteItem {
   MetadataIndex index;  // for tensors: fqn and the chunk's offsets
-  WriteItemType type = WriteItemType::kTensor;
   // kTensor, kShard:
   Box chunk;
   Dims size;  // of the whole tensor
@@ -50,6 +49,7 @@ struct WriteItem {
   uint64_t length = 0;  // bytes of the serialized value
   /// In a local plan, where copies of the item on other ranks must be equal: what this rank holds.
   std::optional<ContentDigest> content = {};
+  WriteItemType type = WriteItemType::kTensor;  // here because a plan holds millions of items, and this costs no room
   /// Index in the same plan of an earlier item, not tied itself, with the same elements: the storage may give both one
   /// place and write it once.
   std::optional<size_t> tied_to = {};
