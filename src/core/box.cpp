@@ -263,7 +263,7 @@ std::optional<TilingError> check_exact_tiling(const Dims& shape, std::span<const
     if (!is_inside(chunks[i], shape)) return TilingError{TilingError::Kind::kOutOfBounds, chunks[i].offsets, i, i};
     if (volume(chunks[i].sizes) != 0) full.push_back(i);
   }
-  if (elements == 0) return std::nullopt;
+  if (elements == 0 || (full.size() == 1 && chunks[full[0]].sizes == shape)) return std::nullopt;
 
   std::vector<size_t> cut;
   for (size_t dim = 0; dim < shape.size(); ++dim) {

@@ -14,6 +14,7 @@ namespace {
 constexpr std::string_view kMagic = "RESHARD\x02";
 constexpr std::string_view kPrefix = ".reshard-";
 constexpr std::string_view kLibraryVersion = RESHARD_VERSION;
+constexpr size_t kHashedBytes = 4 << 10;  // of receipts, in one call
 
 void require(bool ok, const std::string& message) {
   if (!ok) throw Error(ErrorCode::kCorruptData, "sidecar: " + message);
@@ -165,8 +166,7 @@ BlockMap::Block BlockMap::at(uint64_t offset) const {
 }
 
 void ReceiptsDigest::add(const MetadataIndex& index, const StorageInfo& storage) {
-  ByteWriter& out = entry_;
-  out.buffer().clear();
+  ByteWriter& out = entries_;
   out.string(index.fqn);
   out.varint(index.offset ? index.offset->size() + 1 : 0);
   if (index.offset) {
@@ -176,9 +176,17 @@ void ReceiptsDigest::add(const MetadataIndex& index, const StorageInfo& storage)
   out.u64(storage.offset);
   out.u64(storage.length);
   for (const std::string& descriptor : storage.transform_descriptors) out.string(descriptor);
-  hash_.update(out.buffer());
+  if (out.size() >= kHashedBytes) hash_entries();
 }
 
-Sha256Digest ReceiptsDigest::finish() { return hash_.finish(); }
+void ReceiptsDigest::hash_entries() {
+  hash_.update(entries_.buffer());
+  entries_.buffer().clear();
+}
+
+Sha256Digest ReceiptsDigest::finish() {
+  hash_entries();
+  return hash_.finish();
+}
 
 }  // namespace reshard

@@ -186,11 +186,12 @@ uint64_t hash_names(std::span<const std::string> names) {
   return hash;
 }
 
+// Two numbers of 20 digits.
 std::string serialization_id(uint64_t names, uint64_t contents) {
-  std::string text;
-  for (const uint64_t part : {names, contents}) {
-    const std::string digits = std::to_string(part);
-    text.append(20 - digits.size(), '0').append(digits);
+  std::string text(kSerializationIdSize, '0');
+  for (size_t end = 20; uint64_t part : {names, contents}) {
+    for (size_t at = end; part != 0; part /= 10) text[--at] = static_cast<char>('0' + part % 10);
+    end += 20;
   }
   return text;
 }

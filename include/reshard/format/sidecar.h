@@ -106,8 +106,10 @@ class ReceiptsDigest {
   Sha256Digest finish();
 
  private:
+  void hash_entries();
+
   Sha256 hash_;
-  ByteWriter entry_;
+  ByteWriter entries_;  // not hashed yet: they are short, and a call of the hash is not
 };
 
 }  // namespace reshard
