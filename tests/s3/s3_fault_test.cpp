@@ -247,6 +247,18 @@ TEST_F(S3FaultTest, RequestWhoseAnswersAreAllLostIsLookedAt) {
   EXPECT_GE(committed, 1) << "both answers to a completion lost";
 }
 
+TEST_F(S3FaultTest, ErrorThatComesAfter200IsOne) {
+  int number = 1;
+  ASSERT_FALSE(save(number).failed);
+  for (int nth = 1; nth < 200; ++nth) {
+    Outcome result;
+    const bool hit = with_fault("late_error", nth, 1, [&] { result = save(++number); });
+    ASSERT_FALSE(result.failed) << result.text;
+    ASSERT_EQ(loaded(), number) << what_;
+    if (!hit) break;
+  }
+}
+
 TEST_F(S3FaultTest, AnswersThatLieAreErrorsNotValues) {
   ASSERT_FALSE(save(1).failed);
   std::map<std::string, int> failures;
@@ -299,6 +311,15 @@ TEST_F(S3FaultTest, LargeObjectsGoInPartsAtTheSameTimeAndSurviveFaultsInAnyPart)
     file->write_gather(0, parts);
     file->close();
   };
+  // Three at a time, as the options say.
+  write("whole");
+  EXPECT_THAT(server_.peak(), AnyOf(2, 3));
+  server_.tell("clear");
+  Bytes whole(large.size());
+  s3.open(directory_ + "/whole")->read_exactly(0, whole, "all");
+  EXPECT_TRUE(whole == large);
+  EXPECT_THAT(server_.peak(), AnyOf(2, 3));
+
   int number = 0;
   for (int nth = 1; nth < 50; ++nth) {
     const std::string name = std::to_string(++number);

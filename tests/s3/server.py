@@ -4,11 +4,12 @@
     fault KIND NTH TIMES     the NTH request from now on and those after it, TIMES in all, suffer it
     clear                    no faults, and the count of requests starts anew
     count                    requests since then, and how many of them suffered a fault
+    peak                     most requests at the same time since then
     last                     what the request was that suffered one first, or -
     uploads                  uploads that are neither complete nor aborted
     parts                    parts that were sent for those
 
-Ends with its stdin. Kinds: slow_down, internal_error, refuse (before anything is done; the answer echoes the headers); reset_before, reset_after (the
+Ends with its stdin. Kinds: slow_down, internal_error, late_error (after 200), refuse (before anything is done; the answer echoes the headers); reset_before, reset_after (the
 connection, before or after the request took effect), truncate (half of the answer), wrong_etag, wrong_range, stall (takes
 effect, no answer for as long as the client waits), stall_before.
 """
@@ -42,6 +43,7 @@ REFUSALS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "internal_error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "refuse": (403, "AccessDenied", "Access Denied"),
+    "late_error": (200, "InternalError", "We encountered an internal error. Please try again."),
     "unsigned": (403, "SignatureDoesNotMatch", "The signature is not the one that Amazon's client makes."),
 }
 
@@ -64,14 +66,21 @@ def is_signed(method, url, headers, body):
 class Faults:
     def __init__(self):
         self.lock = threading.Lock()
+        self.under_way = 0
         self.clear()
 
     def clear(self):
-        self.kind, self.nth, self.times, self.count, self.hits, self.last = None, 0, 0, 0, 0, "-"
+        self.kind, self.nth, self.times, self.count, self.hits, self.last, self.peak = None, 0, 0, 0, 0, "-", 0
+
+    def done(self):
+        with self.lock:
+            self.under_way -= 1
 
     def next(self, what):
         with self.lock:
             self.count += 1
+            self.under_way += 1
+            self.peak = max(self.peak, self.under_way)
             if self.kind is None or not self.nth <= self.count < self.nth + self.times:
                 return None
             self.hits += 1
@@ -110,15 +119,15 @@ class Handler(WSGIRequestHandler):
         select.select([self.connection], [], [], 60)
 
     def run_wsgi(self):
-        kind = faults.next(f"{self.command} {self.path}")
         # The body is read in any case: a reset must not race with a client that is still sending.
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else b""
-        if not is_signed(self.command, f"http://{self.headers['Host']}{self.path}", self.headers, body):
-            kind = "unsigned"
-        if length:
-            self.rfile = io.BytesIO(body)
+        kind = faults.next(f"{self.command} {self.path}")
         try:
+            if not is_signed(self.command, f"http://{self.headers['Host']}{self.path}", self.headers, body):
+                kind = "unsigned"
+            if length:
+                self.rfile = io.BytesIO(body)
             if kind in REFUSALS:
                 status, code, message = REFUSALS[kind]
                 message += " " + str(self.headers).replace("\r\n", " ").replace("<", "").replace("&", "")
@@ -156,6 +165,7 @@ class Handler(WSGIRequestHandler):
             self.close_connection = True
         finally:
             self.rfile = self.connection_rfile
+            faults.done()
 
     def setup(self):
         super().setup()
@@ -180,6 +190,8 @@ for line in sys.stdin:
         answer = "ok"
     elif command == "count":
         answer = f"{faults.count} {faults.hits}"
+    elif command == "peak":
+        answer = str(faults.peak)
     elif command == "last":
         answer = faults.last
     elif command in ("uploads", "parts"):

@@ -77,6 +77,7 @@ class S3Server {
     const std::string text = tell("count");
     return {std::stoi(text), std::stoi(text.substr(text.find(' ')))};
   }
+  int peak() { return std::stoi(tell("peak")); }
   int uploads() { return std::stoi(tell("uploads")); }
   int parts() { return std::stoi(tell("parts")); }
 
