@@ -314,10 +314,12 @@ TEST_F(S3FaultTest, LargeObjectsGoInPartsAtTheSameTimeAndSurviveFaultsInAnyPart)
   // Three at a time, as the options say.
   write("whole");
   EXPECT_THAT(server_.peak(), AnyOf(2, 3));
+  const auto file_of_whole = s3.open(directory_ + "/whole");
   server_.tell("clear");
   Bytes whole(large.size());
-  s3.open(directory_ + "/whole")->read_exactly(0, whole, "all");
+  file_of_whole->read_exactly(0, whole, "all");
   EXPECT_TRUE(whole == large);
+  EXPECT_EQ(server_.counts().requests, 16) << "ranges of 1 MiB";
   EXPECT_THAT(server_.peak(), AnyOf(2, 3));
 
   int number = 0;
