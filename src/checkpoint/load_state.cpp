@@ -17,10 +17,10 @@ const StateDictLoadState::Flat& StateDictLoadState::flat(FlattenRule rule) const
   if (!made) {
     Flat flat{flatten(state_, rule), {}};
     flat.entries.reserve(flat.items.size());
-    for (const auto& item : flat.items) {
-      StateEntry entry{item.fqn, item.path, BytesEntry{}};
+    for (auto& item : flat.items) {
+      StateEntry entry{std::move(item.fqn), std::move(item.path), BytesEntry{}};
       if (item.value->is<at::Tensor>() || item.value->is<ShardedTensor>())
-        entry.value = make_tensor_entry(item.fqn, *item.value);
+        entry.value = make_tensor_entry(entry.fqn, *item.value);
       flat.entries.push_back(std::move(entry));
     }
     made = std::move(flat);

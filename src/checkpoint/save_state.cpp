@@ -2,16 +2,18 @@
 #include "checkpoint/save_state.h"
 
 #include <algorithm>
-#include <unordered_map>
 #include <utility>
 
 #include "checkpoint/value_codec.h"
 #include "reshard/core/error.h"
+#include "reshard/core/ordered_map.h"
 
 namespace reshard {
 
 TensorEntry make_tensor_entry(const std::string& fqn, const StateValue& value) {
-  const auto check = [&](const at::Tensor& tensor) { with_error_context({.key = fqn}, [&] { check_dense(tensor); }); };
+  const auto check = [&](const at::Tensor& tensor) {
+    with_error_context([&] { return ErrorContext{.key = fqn}; }, [&] { check_dense(tensor); });
+  };
   TensorEntry entry;
   if (value.is<at::Tensor>()) {
     const auto& tensor = value.as<at::Tensor>();
@@ -67,19 +69,20 @@ const std::vector<StateEntry>& StateDictSaveState::entries() const {
   archives_.resize(items_.size());
   entries_.clear();
   entries_.reserve(items_.size());
-  std::unordered_map<const void*, size_t> by_memory;  // the first entry that lies there
+  OrderedMap<const void*, size_t> by_memory;  // the first entry that lies there
+  by_memory.reserve(items_.size());
   for (size_t i = 0; i < items_.size(); ++i) {
-    const auto& item = items_[i];
-    StateEntry entry{item.fqn, item.path, {}};
+    auto& item = items_[i];
+    StateEntry entry{std::move(item.fqn), std::move(item.path), {}};
     if (item.value->is<at::Tensor>() || item.value->is<ShardedTensor>()) {
-      TensorEntry tensor = make_tensor_entry(item.fqn, *item.value);
-      if (const void* memory = memory_of(*item.value)) {
-        const auto [it, added] = by_memory.try_emplace(memory, i);
-        if (!added && are_tied(*items_[it->second].value, *item.value)) tensor.tied_to = it->second;
+      TensorEntry tensor = make_tensor_entry(entry.fqn, *item.value);
+      if (const void* memory = memory_of(*item.value); memory != nullptr && !by_memory.insert(memory, i)) {
+        const size_t first = *by_memory.find(memory);
+        if (are_tied(*items_[first].value, *item.value)) tensor.tied_to = first;
       }
       entry.value = std::move(tensor);
     } else {
-      archives_[i] = with_error_context({.key = item.fqn}, [&] { return encode_value(*item.value); });
+      archives_[i] = with_error_context({.key = entry.fqn}, [&] { return encode_value(*item.value); });
       entry.value = BytesEntry{archives_[i].size()};
     }
     entries_.push_back(std::move(entry));

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/state_dict/flatten.h"
 
-#include <unordered_set>
+#include <string_view>
+#include <utility>
+#include <variant>
 
 #include "reshard/core/error.h"
+#include "reshard/core/ordered_map.h"
 
 namespace reshard {
 namespace {
@@ -49,12 +52,7 @@ class Flattener {
 
   void visit(ObjectPath& path, Value& value) {
     if (!is_entered(value, rule_)) {
-      std::string fqn = path_to_fqn(path);
-      if (!names_.insert(fqn).second) {
-        throw Error(ErrorCode::kInvalidArgument, "two values of the state dict get the same flattened name",
-                    {.key = fqn});
-      }
-      items_.push_back({std::move(fqn), path, &value});
+      items_.push_back({path_to_fqn(path), path, &value});
     } else if (value.template is<StateDict>()) {
       for (auto& [key, item] : value.template as<StateDict>().items()) visit_child(path, key, item);
     } else {
@@ -68,12 +66,20 @@ class Flattener {
     visit(path, item);
     path.pop_back();
   }
-  std::vector<FlatItem<Value>> take() { return std::move(items_); }
+  std::vector<FlatItem<Value>> take() {
+    std::vector<std::pair<std::string_view, std::monostate>> names;
+    names.reserve(items_.size());
+    for (const auto& item : items_) names.emplace_back(item.fqn, std::monostate());
+    if (const auto twice = OrderedMap<std::string_view, std::monostate>().assign(std::move(names))) {
+      throw Error(ErrorCode::kInvalidArgument, "two values of the state dict get the same flattened name",
+                  {.key = items_[*twice].fqn});
+    }
+    return std::move(items_);
+  }
 
  private:
   FlattenRule rule_;
   std::vector<FlatItem<Value>> items_;
-  std::unordered_set<std::string> names_;
 };
 
 template <class Value, class Dict>
