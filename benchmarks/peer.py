@@ -107,7 +107,10 @@ def load(command):
         from safetensors.torch import load_file
 
         for name, tensor in load_file(f"{directory}/{rank}.safetensors").items():
-            plain[name].copy_(tensor)
+            if command.get("into", True):
+                plain[name].copy_(tensor)
+            else:  # its file is mapped: one byte of every page brings it in
+                tensor.view(-1).view(torch.uint8)[::4096].max()
 
 
 class Net(torch.nn.Module):

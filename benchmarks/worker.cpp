@@ -39,6 +39,7 @@
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/format/crc32.h"
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
+#include "reshard/storage/hugging_face.h"
 
 namespace {
 
@@ -194,7 +195,15 @@ class Worker {
     group_->barrier();
     const auto collectives = group_->traffic().collectives;
     Json result;
-    if (command.at("do") == "save") {
+    if (command.value("format", "dcp") == "safetensors") {
+      const Meter meter;
+      if (command.at("do") == "save") {
+        reshard::save(state_, reshard::HuggingFaceStorageWriter(directory));
+      } else {
+        reshard::load(state_, reshard::HuggingFaceStorageReader(directory));
+      }
+      result = meter.stop();
+    } else if (command.at("do") == "save") {
       const reshard::FileSystemWriterOptions options{.thread_count = command.value("threads", 1),
                                                      .sync_files = command.value("sync", true),
                                                      .storage_alignment = command.value("alignment", 64u)};
