@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "reshard/format/sha256.h"
 
+#include <openssl/crypto.h>
 #include <openssl/evp.h>
 
 #include "reshard/core/error.h"
@@ -14,8 +15,14 @@ void check(int ok) {
 
 }  // namespace
 
+// A save in the background may still be at work while the process exits: libcrypto must not clean up before it is done.
+void keep_libcrypto() {
+  static const int ok = OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, nullptr);
+  check(ok);
+}
+
 struct Sha256::State {
-  EVP_MD_CTX* context = EVP_MD_CTX_new();
+  EVP_MD_CTX* context = (keep_libcrypto(), EVP_MD_CTX_new());
   State() { restart(); }
   ~State() { EVP_MD_CTX_free(context); }
   State(const State&) = delete;
