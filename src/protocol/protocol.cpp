@@ -467,7 +467,7 @@ void expect_part(size_t r, const SavePlan& plan, const ShortDigest& plan_digest,
                  CoordinatedSave& save) {
   ReceiptsDigest receipts;
   CoordinatedSave::Part& part = save.parts[r];
-  part.first = save.metadata.storage_data.size();
+  part = {.first = save.stored.size(), .is_shared = {}};
   for (size_t i = 0; i < plan.items.size(); ++i) {
     receipts.add(plan.items[i].index, plan.storage[i]);
     save.stored.emplace_back(plan.items[i].index, plan.storage[i]);
