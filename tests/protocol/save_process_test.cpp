@@ -243,13 +243,13 @@ TEST(SaveProcessTest, ItsDeathOrSilenceIsAnErrorAndTheNextSaveHasAnother) {
     // Rank 1's process gets the signal `sent`, if any, while it waits for its part of the plan.
     const auto save_two = [&](const std::string& path, int sent) {
       std::vector<std::optional<CheckpointError>> errors(2);
-      ThreadHub hub(2, 2s);
+      ThreadHub hub(2, sent == 0 ? kTestSilence : 5s);
       const auto others = run_ranks(2, [&](int rank) {
         const auto transport = hub.transport(rank);
         SignallingTransport signalling(*transport, rank == 1 ? sent : 0);
         const SharedState state(MemorySaveState({tensor_entry("w", {2 << 18}, {{{int64_t{rank} << 18}, {1 << 18}}})}));
         try {
-          save_by(*processes[static_cast<size_t>(rank)], signalling, path, state, {}, 1s);
+          save_by(*processes[static_cast<size_t>(rank)], signalling, path, state, {}, sent == 0 ? 30s : 3s);
         } catch (const CheckpointError& error) {
           errors[static_cast<size_t>(rank)] = error;
         }
