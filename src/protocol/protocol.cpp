@@ -13,6 +13,7 @@
 #include <set>
 #include <utility>
 
+#include "protocol/failure_wire.h"
 #include "protocol/save_plan_cache.h"
 #include "reshard/format/sha256.h"
 #include "reshard/format/sidecar.h"
@@ -69,22 +70,6 @@ int lost_rank(int otherwise) {
   } catch (...) {
     return otherwise;
   }
-}
-
-void put_failure(ByteWriter& out, const RankFailure& failure, size_t limit) {
-  out.u8(static_cast<uint8_t>(failure.code));
-  out.string(std::string_view(failure.message).substr(0, limit));
-}
-
-RankFailure get_failure(ByteReader& in) {
-  const uint8_t code = in.u8();
-  if (code > static_cast<uint8_t>(ErrorCode::kInternal)) {
-    throw Error(ErrorCode::kCorruptData, "unknown error code in a message", {.found = std::to_string(code)});
-  }
-  RankFailure failure;
-  failure.code = static_cast<ErrorCode>(code);
-  failure.message = in.string();
-  return failure;
 }
 
 struct Header {

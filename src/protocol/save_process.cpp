@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "protocol/failure_wire.h"
 #include "reshard/core/checked.h"
 #include "reshard/planner/default_planner.h"
 
@@ -152,8 +153,7 @@ void put_error(ByteWriter& out, const Error& error) {
     out.varint(failed->failures().size());
     for (const auto& [rank, failure] : failed->failures()) {
       out.varint(static_cast<uint64_t>(rank));
-      out.u8(static_cast<uint8_t>(failure.code));
-      out.string(failure.message);
+      put_failure(out, failure);
     }
     return;
   }
@@ -188,12 +188,11 @@ Bytes caught_error() {
     std::map<int, RankFailure> failures;
     for (size_t n = in.count(3); n > 0; --n) {
       const int rank = static_cast<int>(in.varint());
-      const auto code = static_cast<ErrorCode>(in.u8());
-      failures[rank] = {code, in.string()};
+      failures[rank] = get_failure(in);
     }
     throw CheckpointError(std::move(step), std::move(failures), committed);
   }
-  const auto code = static_cast<ErrorCode>(in.u8());
+  const ErrorCode code = get_error_code(in);
   const std::string message = in.string();
   ErrorContext context;
   if (const uint64_t rank = in.varint(); rank > 0) context.rank = static_cast<int>(rank - 1);
