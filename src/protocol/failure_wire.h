@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
-// One rank's failure as part of a message.
+// Failures of ranks as part of a message.
 
+#include <map>
 #include <string_view>
 
 #include "reshard/core/bytes.h"
@@ -26,6 +27,22 @@ inline ErrorCode get_error_code(ByteReader& in) {
 inline RankFailure get_failure(ByteReader& in) {
   const ErrorCode code = get_error_code(in);
   return {code, in.string()};
+}
+
+/// By rank. get_failures adds those that it reads to `failures`.
+inline void put_failures(ByteWriter& out, const std::map<int, RankFailure>& failures) {
+  out.varint(failures.size());
+  for (const auto& [rank, failure] : failures) {
+    out.varint(static_cast<uint64_t>(rank));
+    put_failure(out, failure);
+  }
+}
+
+inline void get_failures(ByteReader& in, std::map<int, RankFailure>& failures) {
+  for (size_t n = in.count(3); n > 0; --n) {
+    const int rank = static_cast<int>(in.varint());
+    failures[rank] = get_failure(in);
+  }
 }
 
 }  // namespace reshard

@@ -150,12 +150,7 @@ void put_error(ByteWriter& out, const Error& error) {
   if (failed != nullptr) {
     out.string(failed->step());
     out.u8(static_cast<uint8_t>(failed->committed()));
-    out.varint(failed->failures().size());
-    for (const auto& [rank, failure] : failed->failures()) {
-      out.varint(static_cast<uint64_t>(rank));
-      put_failure(out, failure);
-    }
-    return;
+    return put_failures(out, failed->failures());
   }
   out.u8(static_cast<uint8_t>(error.code()));
   out.string(error.message());
@@ -186,10 +181,7 @@ Bytes caught_error() {
     std::string step = in.string();
     const auto committed = static_cast<Committed>(in.u8());
     std::map<int, RankFailure> failures;
-    for (size_t n = in.count(3); n > 0; --n) {
-      const int rank = static_cast<int>(in.varint());
-      failures[rank] = get_failure(in);
-    }
+    get_failures(in, failures);
     throw CheckpointError(std::move(step), std::move(failures), committed);
   }
   const ErrorCode code = get_error_code(in);

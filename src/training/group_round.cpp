@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "protocol/failure_wire.h"
 #include "reshard/distributed/store_transport.h"
 
 namespace reshard {
@@ -37,23 +38,6 @@ Bytes decode(const Bytes& message, Failures& failures) {
 }
 
 }  // namespace
-
-void put_failures(ByteWriter& out, const std::map<int, RankFailure>& failures) {
-  out.varint(failures.size());
-  for (const auto& [rank, failure] : failures) {
-    out.varint(static_cast<uint64_t>(rank));
-    out.u8(static_cast<uint8_t>(failure.code));
-    out.string(failure.message);
-  }
-}
-
-void get_failures(ByteReader& in, std::map<int, RankFailure>& failures) {
-  for (size_t n = in.count(3); n > 0; --n) {
-    const int rank = static_cast<int>(in.varint());
-    const auto code = static_cast<ErrorCode>(in.u8());
-    failures[rank] = {code, in.string()};
-  }
-}
 
 GroupRounds::GroupRounds(ProcessGroup* group) {
   if (group != nullptr && group->size() > 1) transport_ = std::make_unique<StoreTransport>(*group, group->timeout());

@@ -4,20 +4,14 @@
 // nobody is left waiting in a collective.
 
 #include <functional>
-#include <map>
 #include <memory>
 #include <vector>
 
 #include "reshard/core/bytes.h"
-#include "reshard/core/error.h"
 #include "reshard/distributed/process_group.h"
 #include "reshard/protocol/transport.h"
 
 namespace reshard {
-
-/// Failures by rank, as part of a message; get_failures adds those that it reads to `failures`.
-void put_failures(ByteWriter& out, const std::map<int, RankFailure>& failures);
-void get_failures(ByteReader& in, std::map<int, RankFailure>& failures);
 
 /// The talk of one operation, over the group's store. Made by all members in the same order of operations; null: this process alone.
 class GroupRounds {

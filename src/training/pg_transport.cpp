@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "protocol/failure_wire.h"
 #include "reshard/core/error.h"
 #include "reshard/state_dict/wire.h"
 #include "training/group_round.h"
