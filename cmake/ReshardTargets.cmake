@@ -12,7 +12,7 @@ function(reshard_target_defaults target)
     if(RESHARD_SANITIZE)
       set(sanitized 1)
     endif()
-    target_compile_options(${target} PRIVATE "$<$<OR:$<NOT:$<CONFIG:Debug>>,${sanitized}>:-Wno-restrict;-Wno-stringop-overflow;-Wno-maybe-uninitialized;-Wno-free-nonheap-object>")
+    target_compile_options(${target} PRIVATE "$<$<OR:$<NOT:$<CONFIG:Debug>>,${sanitized}>:-Wno-restrict;-Wno-stringop-overflow;-Wno-maybe-uninitialized;-Wno-free-nonheap-object;-Wno-array-bounds>")
   endif()
   if(RESHARD_SANITIZE)
     target_compile_options(${target} PRIVATE -fsanitize=${RESHARD_SANITIZE} -fno-omit-frame-pointer
