@@ -200,7 +200,8 @@ class Worker {
       if (command.at("do") == "save") {
         reshard::save(state_, reshard::HuggingFaceStorageWriter(directory));
       } else {
-        reshard::load(state_, reshard::HuggingFaceStorageReader(directory));
+        reshard::load(state_,
+                      reshard::HuggingFaceStorageReader(directory, {.thread_count = command.value("threads", 1)}));
       }
       result = meter.stop();
     } else if (command.at("do") == "save") {
@@ -211,7 +212,8 @@ class Worker {
       reshard::save(state_, reshard::FileSystemWriter(directory, options));
       result = meter.stop();
     } else {
-      reshard::FileSystemReader reader(directory, {.verify_checksums = command.value("verify", true)});
+      reshard::FileSystemReader reader(
+          directory, {.verify_checksums = command.value("verify", true), .thread_count = command.value("threads", 1)});
       const Meter meter;
       reshard::load(state_, reader);
       result = meter.stop();

@@ -37,13 +37,14 @@ uint64_t CheckedFile::block_end(uint64_t offset) const {
   return blocks_ && offset > 0 ? blocks_->at(offset - 1).end : offset;
 }
 
-uint64_t CheckedFile::read(uint64_t offset, std::span<const MutableByteSpan> parts, std::string_view what) const {
+CheckedFile::Read CheckedFile::read(uint64_t offset, std::span<const MutableByteSpan> parts,
+                                    std::string_view what) const {
   uint64_t wanted = 0;
   for (const MutableByteSpan& part : parts) wanted += part.size();
-  if (wanted == 0) return 0;
+  if (wanted == 0) return {};
   if (!blocks_ || offset > size() || wanted > size() - offset) {
     file_.read_scatter(offset, parts, what);
-    return wanted;
+    return {wanted, 1};
   }
   const BlockMap::Block first = blocks_->at(offset);
   const uint64_t end = block_end(offset + wanted);
@@ -54,14 +55,13 @@ uint64_t CheckedFile::read(uint64_t offset, std::span<const MutableByteSpan> par
   if (offset > first.begin) whole.push_back(MutableByteSpan(before).first(static_cast<size_t>(offset - first.begin)));
   whole.insert(whole.end(), parts.begin(), parts.end());
   if (end > offset + wanted) whole.push_back(MutableByteSpan(after).first(static_cast<size_t>(end - offset - wanted)));
-  file_.read_scatter(first.begin, whole, what);
 
   // One running sum from the first block to the end of the run in its part, then to the end of each next part.
   uint64_t run = first.begin;
   uint64_t position = run;
   uint64_t run_end = std::min(first.part_end, end);
   uint32_t crc = first.seed;
-  for (ByteSpan bytes : whole) {
+  const auto check = [&](ByteSpan bytes) {
     while (!bytes.empty()) {
       const ByteSpan piece = bytes.first(static_cast<size_t>(std::min<uint64_t>(bytes.size(), run_end - position)));
       crc = crc32(piece, crc);
@@ -74,8 +74,30 @@ uint64_t CheckedFile::read(uint64_t offset, std::span<const MutableByteSpan> par
       run_end = std::min(blocks_->at(position).part_end, end);
       crc = 0;
     }
+  };
+  // What a call has read is summed before the next one, while the core's own cache still has it.
+  Read done;
+  const uint64_t most = file_.preferred_read_bytes();
+  std::vector<MutableByteSpan> call;
+  uint64_t in_call = 0;
+  const auto read_call = [&] {
+    file_.read_scatter(position, call, what);
+    ++done.calls;
+    for (const MutableByteSpan& bytes : call) check(bytes);
+    call.clear();
+    in_call = 0;
+  };
+  for (MutableByteSpan part : whole) {
+    while (!part.empty()) {
+      if (in_call == most) read_call();
+      call.push_back(part.first(static_cast<size_t>(std::min<uint64_t>(part.size(), most - in_call))));
+      in_call += call.back().size();
+      part = part.subspan(call.back().size());
+    }
   }
-  return end - first.begin;
+  read_call();
+  done.bytes = end - first.begin;
+  return done;
 }
 
 /// Reads the run again, block by block.
@@ -100,7 +122,8 @@ std::optional<int64_t> sidecar_rank(const Metadata& metadata, std::string_view r
   return name->rank;
 }
 
-const Sidecars::Files& Sidecars::of_rank(int64_t rank) {
+std::shared_ptr<const Sidecars::Files> Sidecars::of_rank(int64_t rank) {
+  const std::lock_guard lock(mutex_);
   if (const auto it = read_.find(rank); it != read_.end()) return it->second;
   if (!metadata_.storage_meta || !metadata_.storage_meta->save_id) {
     throw Error(ErrorCode::kCorruptData, "the catalogue has sidecars but does not name its save",
@@ -108,7 +131,7 @@ const Sidecars::Files& Sidecars::of_rank(int64_t rank) {
   }
   const std::string& save_id = *metadata_.storage_meta->save_id;
   const std::string name = sidecar_name(save_id, rank);
-  return with_error_context({.file = name}, [&]() -> const Files& {
+  return with_error_context({.file = name}, [&] {
     const std::string path = join_path(directory_, name);
     if (!file_system_.status(path)) {
       throw Error(ErrorCode::kNotFound,
@@ -136,22 +159,22 @@ const Sidecars::Files& Sidecars::of_rank(int64_t rank) {
       kept_bytes_ = 0;
     }
     kept_bytes_ += bytes.size();
-    Files& files = read_[rank];
+    const auto files = std::make_shared<Files>();
     for (SidecarFile& file : sidecar.files) {
       std::string path_in_checkpoint = file.relative_path;
-      if (!files.try_emplace(path_in_checkpoint, std::move(file)).second) {
+      if (!files->try_emplace(path_in_checkpoint, std::move(file)).second) {
         throw Error(ErrorCode::kCorruptData, "the sidecar lists a file twice", {.found = path_in_checkpoint});
       }
     }
-    return files;
+    return read_[rank] = files;
   });
 }
 
-const SidecarFile* Sidecars::of_file(const std::string& relative_path) {
+std::shared_ptr<const SidecarFile> Sidecars::of_file(const std::string& relative_path) {
   if (!metadata_.sidecars) return nullptr;
   if (const auto rank = sidecar_rank(metadata_, relative_path)) {
-    const Files& files = of_rank(*rank);
-    if (const auto it = files.find(relative_path); it != files.end()) return &it->second;
+    const std::shared_ptr<const Files> files = of_rank(*rank);
+    if (const auto it = files->find(relative_path); it != files->end()) return {files, &it->second};
   }
   throw Error(ErrorCode::kCorruptData, "no sidecar speaks of this file", {.file = relative_path});
 }

@@ -2,8 +2,10 @@
 #pragma once
 // Reading with sidecars: which one speaks of a file, and reads that check the blocks they touch.
 
+#include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -23,9 +25,13 @@ class CheckedFile {
   uint64_t size() const { return file_.size(); }
   uint64_t preferred_read_bytes() const { return file_.preferred_read_bytes(); }
   bool is_checked() const { return blocks_.has_value(); }
-  /// RandomAccessFile::read_scatter, of whole blocks; returns the number of bytes read. Throws kCorruptData with the
-  /// offset of the first block that does not match.
-  uint64_t read(uint64_t offset, std::span<const MutableByteSpan> parts, std::string_view what) const;
+  struct Read {
+    uint64_t bytes = 0;
+    uint64_t calls = 0;
+  };
+  /// RandomAccessFile::read_scatter, of whole blocks; returns what was read. Throws kCorruptData with the offset of the
+  /// first block that does not match.
+  Read read(uint64_t offset, std::span<const MutableByteSpan> parts, std::string_view what) const;
   /// Up to where a read that ends at `offset` reaches in truth.
   uint64_t block_end(uint64_t offset) const;
 
@@ -36,7 +42,7 @@ class CheckedFile {
   std::optional<BlockMap> blocks_;
 };
 
-/// The sidecars of one checkpoint, each read when first asked for. One thread at a time.
+/// The sidecars of one checkpoint, each read when first asked for. Thread-safe.
 class Sidecars {
  public:
   /// All are borrowed.
@@ -45,20 +51,21 @@ class Sidecars {
 
   using Files = std::unordered_map<std::string, SidecarFile>;
   /// The data files of a rank. Throws kNotFound for a missing sidecar, kCorruptData for one that is not the one of the
-  /// catalogue. Valid until the next call.
-  const Files& of_rank(int64_t rank);
+  /// catalogue.
+  std::shared_ptr<const Files> of_rank(int64_t rank);
   /// The sums of a data file; null if the checkpoint has no sidecars. Throws as of_rank(), and kCorruptData if no
-  /// sidecar speaks of the file. Valid until the next call.
-  const SidecarFile* of_file(const std::string& relative_path);
+  /// sidecar speaks of the file.
+  std::shared_ptr<const SidecarFile> of_file(const std::string& relative_path);
   uint64_t bytes_read() const { return bytes_read_; }
 
  private:
   const std::string& directory_;
   FileSystem& file_system_;
   const Metadata& metadata_;
-  std::map<int64_t, Files> read_;
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<const Files>> read_;
   uint64_t kept_bytes_ = 0;
-  uint64_t bytes_read_ = 0;
+  std::atomic<uint64_t> bytes_read_ = 0;
 };
 
 /// The rank whose sidecar speaks of a data file, if the checkpoint has one for it.

@@ -42,11 +42,12 @@ int64_t place_of(int64_t flat, const Dims& sizes, const Dims& strides) {
 }  // namespace
 
 void CountedFile::read(uint64_t offset, std::span<const MutableByteSpan> parts, std::string_view what) const {
-  const uint64_t read = file_.read(offset, parts, what);
-  ++counters_.reads;
-  counters_.bytes_read += read;
-  counters_.bytes_verify += read;
-  for (const MutableByteSpan& part : parts) counters_.bytes_verify -= part.size();
+  uint64_t wanted = 0;
+  for (const MutableByteSpan& part : parts) wanted += part.size();
+  const CheckedFile::Read read = file_.read(offset, parts, what);
+  add_to(counters_.reads, read.calls);
+  add_to(counters_.bytes_read, read.bytes);
+  add_to(counters_.bytes_verify, read.bytes - wanted);
 }
 
 void PayloadSum::add(uint64_t offset, ByteSpan bytes) {
@@ -147,8 +148,8 @@ size_t DirectReader::read_from(size_t begin) {
     end = segment.offset + segment.length;
   }
   file_.read(offset, parts_, "elements of an item");
-  counters_.bytes_payload += end - offset - skipped_to_verify;
-  counters_.bytes_verify += skipped_to_verify;
+  add_to(counters_.bytes_payload, end - offset - skipped_to_verify);
+  add_to(counters_.bytes_verify, skipped_to_verify);
   for (const Segment& segment : std::span(segments_).subspan(begin, next - begin)) {
     const MutableByteSpan bytes{segment.to, static_cast<size_t>(segment.length)};
     if (sum_ != nullptr) sum_->add(segment.offset, bytes);
@@ -175,7 +176,7 @@ void DirectReader::read_staged(const DenseElements& elements, const Box& region,
       flush();
       copy_strided(buffer.data(), contiguous_strides(box.sizes), view.data + dot(box.offsets, view.strides) * size,
                    view.strides, box.sizes, size);
-      counters_.bytes_staged += static_cast<uint64_t>(volume(box.sizes) * size);
+      add_to(counters_.bytes_staged, static_cast<uint64_t>(volume(box.sizes) * size));
     }
   }
 }

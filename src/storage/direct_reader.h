@@ -2,6 +2,8 @@
 #pragma once
 // Reads boxes of row-major elements straight to where they go: byte runs, merged with their neighbours, a few calls.
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -16,6 +18,11 @@
 #include "storage/checked_file.h"
 
 namespace reshard {
+
+/// Adds to a counter that other threads add to as well.
+inline void add_to(uint64_t& counter, uint64_t more) {
+  std::atomic_ref(counter).fetch_add(more, std::memory_order_relaxed);
+}
 
 /// A file of the checkpoint that counts what is read of it.
 class CountedFile {
@@ -65,7 +72,8 @@ class DirectReader {
   DirectReader(const CountedFile& file, uint32_t coalesce_gap, PayloadSum* sum, ReadCounters& counters,
                const std::function<void(uint64_t)>& on_read)
       : file_(file),
-        read_bytes_(file.preferred_read_bytes()),
+        // What is summed after the read is read in pieces that the core's own cache holds.
+        read_bytes_(sum != nullptr ? file.preferred_read_bytes() : std::max(kReadBytes, file.preferred_read_bytes())),
         gap_(coalesce_gap),
         sum_(sum),
         counters_(counters),
@@ -86,6 +94,8 @@ class DirectReader {
   void add_segment(const DenseElements& elements, int64_t element, std::byte* to, int64_t count);
   size_t read_from(size_t begin);
   void read_staged(const DenseElements& elements, const Box& region, const MutableTensorView& view);
+
+  static constexpr uint64_t kReadBytes = 8 << 20;
 
   const CountedFile& file_;
   const uint64_t read_bytes_;  // most bytes of a read

@@ -7,6 +7,7 @@
 //   staged    anything else (stored transposed or lazily conjugated; a destination of tiny runs): through a buffer
 //   decoded   with a stream transform: front to back through a buffer, up to the last element that is wanted
 #include <algorithm>
+#include <mutex>
 #include <span>
 #include <utility>
 
@@ -80,11 +81,11 @@ void scatter(ByteSpan elements, int64_t begin, const Dims& sizes, const Box& reg
   }
 }
 
-/// One load's walk over one data file.
+/// One thread's walk over items of one data file.
 class FileLoad {
  public:
   FileLoad(std::shared_ptr<const SharedFile> file, LoadPlanner& planner, const FileSystemReaderOptions& options,
-           ReadCounters& counters, PartlyRead& partly_read, std::function<void(uint64_t)> on_read)
+           ReadCounters& counters, PartlyRead& partly_read, std::mutex& values, std::function<void(uint64_t)> on_read)
       : shared_(std::move(file)),
         file_(shared_->counted()),
         verify_records_(options.verify_checksums && !file_.is_checked()),
@@ -92,6 +93,7 @@ class FileLoad {
         options_(options),
         counters_(counters),
         partly_read_(partly_read),
+        values_(values),
         on_read_(std::move(on_read)) {}
 
   /// `items` in order of offset.
@@ -170,20 +172,21 @@ class FileLoad {
     const ByteSpan payload =
         bytes.subspan(static_cast<size_t>(item.payload_offset), static_cast<size_t>(item.payload_size));
     if (verify_records_ && item.crc32) require_crc(*item.crc32, crc32(payload));
-    counters_.bytes_payload += payload.size();
+    add_to(counters_.bytes_payload, payload.size());
     for (const ReadItem* want : stored.wants) {
       const MutableTensorView view = resolve_destination(planner_, *want, item.dtype);
       const Box region{want->storage_offsets, want->lengths};
       const ByteRange range = payload_range(item, region);
       deliver(item, payload.subspan(static_cast<size_t>(range.begin), static_cast<size_t>(range.end - range.begin)),
               region, view);
-      counters_.bytes_staged += range.end - range.begin;
+      add_to(counters_.bytes_staged, range.end - range.begin);
       planner_.commit_tensor(*want, view);
     }
   }
 
   void take_value(const Stored& stored, ByteSpan bytes) {
     if (verify_records_) verify_archive(MemorySource(bytes));
+    const std::lock_guard lock(values_);
     for (const ReadItem* want : stored.wants) planner_.load_bytes(*want, bytes);
   }
 
@@ -223,8 +226,8 @@ class FileLoad {
         file_.read(stored.place->offset + item.payload_offset + range.begin, payload, "elements of an item");
       }
       if (verify) sum.add(stored.place->offset + item.payload_offset + range.begin, payload);
-      counters_.bytes_payload += payload.size();
-      counters_.bytes_staged += payload.size();
+      add_to(counters_.bytes_payload, payload.size());
+      add_to(counters_.bytes_staged, payload.size());
       deliver(item, payload, region, view);
       // Verified before the last destination is handed over.
       if (want == stored.wants.back()) check(stored, item, verify, sum);
@@ -280,7 +283,7 @@ class FileLoad {
       const uint64_t begin = elements->position();
       block_.resize(static_cast<size_t>(std::min(range.end - begin, kDecodedBlock)));
       elements->read(block_);
-      counters_.bytes_payload += block_.size();
+      add_to(counters_.bytes_payload, block_.size());
       on_read_(0);
       if (dtype == DType::kBool) normalize_bools(block_);
       if (begin + block_.size() <= range.begin) continue;
@@ -289,7 +292,7 @@ class FileLoad {
                 {stored.wants[i]->storage_offsets, stored.wants[i]->lengths}, views[i]);
       }
     }
-    counters_.bytes_staged += stored.wanted_bytes;
+    add_to(counters_.bytes_staged, stored.wanted_bytes);
     if (elements->position() < stored.element_bytes) {
       partly_read_.put(std::move(*elements));
     } else if (options_.verify_checksums && !elements->ends_well(*frame)) {
@@ -323,6 +326,7 @@ class FileLoad {
   const FileSystemReaderOptions& options_;
   ReadCounters& counters_;
   PartlyRead& partly_read_;
+  std::mutex& values_;  // held while the planner takes one
   std::function<void(uint64_t)> on_read_;
   ArchiveFrames frames_{TensorArchiveOptions{}.alignment};
   Bytes packed_;
@@ -332,7 +336,9 @@ class FileLoad {
 }  // namespace
 
 FileSystemReader::FileSystemReader(std::string directory, FileSystemReaderOptions options, FileSystem& file_system)
-    : directory_(std::move(directory)), options_(std::move(options)), file_system_(file_system) {}
+    : directory_(std::move(directory)), options_(std::move(options)), file_system_(file_system) {
+  require_thread_count(options_.thread_count, "FileSystemReader");
+}
 
 FileSystemReader::~FileSystemReader() = default;
 
@@ -376,23 +382,24 @@ void FileSystemReader::read_data(const LoadPlan& plan, LoadPlanner& planner, con
     counters_.bytes_needed += items.bytes_wanted();
     const uint64_t total = items.bytes_planned();
     uint64_t done = 0;
+    std::mutex progress;
+    std::mutex values;
     const auto on_read = [&](uint64_t bytes) {
+      const std::lock_guard lock(progress);
       done += bytes;
       if (context.progress) context.progress({"read", std::min(done, total), total});
     };
-    items.for_each_file([&](const std::string& path, std::span<const Stored> of_file) {
-      const ErrorContext context_of_file{.key = of_file[0].index->fqn, .file = path};
+    for_each_batch(items, options_.thread_count, [&](const std::string& path, std::span<const Stored> batch) {
+      const ErrorContext context_of_file{.key = batch[0].index->fqn, .file = path};
       auto file = with_error_context(context_of_file, [&] { return file_system_.open_beneath(directory_, path); });
-      const SidecarFile* sums = with_error_context(
-          context_of_file, [&] { return options_.verify_checksums ? sidecars_->of_file(path) : nullptr; });
-      counters_.bytes_sidecars = sidecars_->bytes_read();
-      const bool transformed = std::ranges::any_of(
-          of_file, [](const Stored& stored) { return !stored.place->transform_descriptors.empty(); });
+      auto sums = with_error_context(context_of_file,
+                                     [&] { return options_.verify_checksums ? sidecars_->of_file(path) : nullptr; });
       auto shared = with_error_context(context_of_file, [&] {
-        return std::make_shared<const SharedFile>(std::move(file), sums, transformed, counters_);
+        return std::make_shared<const SharedFile>(std::move(file), std::move(sums), counters_);
       });
-      FileLoad(std::move(shared), planner, options_, counters_, *partly_read_, on_read).read(of_file);
+      FileLoad(std::move(shared), planner, options_, counters_, *partly_read_, values, on_read).read(batch);
     });
+    counters_.bytes_sidecars = sidecars_->bytes_read();
   });
 }
 

@@ -32,6 +32,7 @@
 #include "reshard/storage/filesystem.h"
 #include "storage/archive_frames.h"
 #include "storage/file_names.h"
+#include "storage/parallel.h"
 
 namespace reshard {
 namespace {
@@ -360,36 +361,6 @@ std::vector<FileJob> jobs_of(const SavePlan& plan) {
                      [&](size_t a, size_t b) { return plan.storage[a].offset < plan.storage[b].offset; });
   }
   return jobs;
-}
-
-/// Runs body(0) ... body(count - 1) on up to `threads` threads, the caller's among them. When one throws, `failed` is
-/// set, no further one starts, and the first exception leaves once all threads have ended.
-void run_parallel(size_t count, size_t threads, std::atomic<bool>& failed, const std::function<void(size_t)>& body) {
-  std::atomic<size_t> next = 0;
-  std::exception_ptr first;
-  std::mutex mutex;
-  const auto work = [&] {
-    for (size_t i = next++; i < count && !failed; i = next++) {
-      try {
-        body(i);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        if (!first) first = std::current_exception();
-        failed = true;
-      }
-    }
-  };
-  {
-    std::vector<std::jthread> helpers;
-    try {
-      for (size_t t = 1; t < std::min(threads, count); ++t) helpers.emplace_back(work);
-    } catch (...) {
-      failed = true;
-      throw;
-    }
-    work();
-  }
-  if (first) std::rethrow_exception(first);
 }
 
 /// Logs the exception being handled. There may be no memory left for that.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <algorithm>
+#include <mutex>
 #include <set>
 #include <utility>
 
@@ -189,7 +190,9 @@ void check_index(const SafetensorsIndex& index, const std::string& file, const S
 
 HuggingFaceStorageReader::HuggingFaceStorageReader(std::string directory, HuggingFaceReaderOptions options,
                                                    FileSystem& file_system)
-    : directory_(std::move(directory)), options_(options), file_system_(file_system) {}
+    : directory_(std::move(directory)), options_(options), file_system_(file_system) {
+  require_thread_count(options_.thread_count, "HuggingFaceStorageReader");
+}
 
 Metadata HuggingFaceStorageReader::read_metadata() {
   const Files files = find_files(file_system_, directory_);
@@ -234,11 +237,13 @@ void HuggingFaceStorageReader::read_data(const LoadPlan& plan, LoadPlanner& plan
     });
     counters_.bytes_needed += items.bytes_wanted();
     uint64_t done = 0;
+    std::mutex progress;
     const std::function<void(uint64_t)> on_read = [&](uint64_t bytes) {
+      const std::lock_guard lock(progress);
       done += bytes;
       if (context.progress) context.progress({"read", std::min(done, items.bytes_planned()), items.bytes_planned()});
     };
-    items.for_each_file([&](const std::string& path, std::span<const Stored> of_file) {
+    for_each_batch(items, options_.thread_count, [&](const std::string& path, std::span<const Stored> batch) {
       with_error_context({.file = path}, [&] {
         const auto opened = open_following(file_system_, directory_, path);
         const CountedFile file(*opened, nullptr, counters_);
@@ -252,7 +257,7 @@ void HuggingFaceStorageReader::read_data(const LoadPlan& plan, LoadPlanner& plan
           pending.clear();
           pending_bytes = 0;
         };
-        for (const Stored& stored : of_file) {
+        for (const Stored& stored : batch) {
           with_error_context([&] { return ErrorContext{.key = stored.index->fqn, .offset = stored.place->offset}; },
                              [&] {
                                if (stored.tensor == nullptr) {

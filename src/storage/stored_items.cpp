@@ -2,12 +2,17 @@
 #include "storage/stored_items.h"
 
 #include <algorithm>
+#include <atomic>
+#include <limits>
 #include <utility>
 
 #include "storage/chunks.h"
+#include "storage/parallel.h"
 
 namespace reshard {
 namespace {
+
+constexpr uint64_t kBatchBytes = 4 << 20;  // at least, where several threads read
 
 /// The item's position in the catalogue's storage_data.
 size_t position_of(const Metadata& metadata, const MetadataIndex& index) {
@@ -94,12 +99,37 @@ StoredItems::StoredItems(const LoadPlan& plan, const Metadata& metadata, LoadPla
   });
 }
 
-void StoredItems::for_each_file(const std::function<void(const std::string&, std::span<const Stored>)>& fn) const {
+std::vector<std::span<const Stored>> StoredItems::batches(int thread_count) const {
+  const auto bytes_of = [](const Stored& stored) {
+    return stored.tensor != nullptr ? stored.wanted_bytes : stored.place->length;
+  };
+  const uint64_t most = thread_count == 1
+                            ? std::numeric_limits<uint64_t>::max()
+                            : std::max(kBatchBytes, bytes_planned_ / (4 * static_cast<uint64_t>(thread_count)));
+  std::vector<std::span<const Stored>> batches;
   for (size_t begin = 0, end = 0; begin < items_.size(); begin = end) {
     const std::string& path = items_[begin].place->relative_path;
-    while (end < items_.size() && items_[end].place->relative_path == path) ++end;
-    fn(path, std::span(items_).subspan(begin, end - begin));
+    uint64_t bytes = 0;
+    for (; end < items_.size() && items_[end].place->relative_path == path && bytes < most; ++end) {
+      bytes += bytes_of(items_[end]);
+    }
+    batches.push_back(std::span(items_).subspan(begin, end - begin));
   }
+  return batches;
+}
+
+void for_each_batch(const StoredItems& items, int thread_count,
+                    const std::function<void(const std::string&, std::span<const Stored>)>& fn) {
+  const auto batches = items.batches(thread_count);
+  std::atomic<bool> failed = false;
+  run_parallel(batches.size(), static_cast<size_t>(thread_count), failed,
+               [&](size_t i) { fn(batches[i].front().place->relative_path, batches[i]); });
+}
+
+void require_thread_count(int thread_count, std::string_view reader) {
+  if (thread_count >= 1) return;
+  throw Error(ErrorCode::kInvalidArgument, "thread_count of a " + std::string(reader),
+              {.wanted = "1 or more", .found = std::to_string(thread_count)});
 }
 
 MutableTensorView resolve_destination(LoadPlanner& planner, const ReadItem& want, DType dtype) {

@@ -6,6 +6,7 @@
 #include <functional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "reshard/planner/planner.h"
@@ -35,8 +36,8 @@ class StoredItems {
 
   uint64_t bytes_wanted() const { return bytes_wanted_; }    // of elements
   uint64_t bytes_planned() const { return bytes_planned_; }  // and of values
-  /// Calls fn(relative_path, items) for each file.
-  void for_each_file(const std::function<void(const std::string&, std::span<const Stored>)>& fn) const;
+  /// Neighbours in one file, for one thread: all of a file if one thread reads.
+  std::vector<std::span<const Stored>> batches(int thread_count) const;
 
  private:
   std::vector<const ReadItem*> wants_;
@@ -44,6 +45,14 @@ class StoredItems {
   uint64_t bytes_wanted_ = 0;
   uint64_t bytes_planned_ = 0;
 };
+
+/// Throws kInvalidArgument for less than one thread.
+void require_thread_count(int thread_count, std::string_view reader);
+
+/// Calls fn(relative_path, items) for each batch, by up to `thread_count` threads at once. When one throws, the others
+/// end their batches, and the first error leaves.
+void for_each_batch(const StoredItems& items, int thread_count,
+                    const std::function<void(const std::string&, std::span<const Stored>)>& fn);
 
 /// The planner's memory for a want; kInternal if it is not as planned.
 MutableTensorView resolve_destination(LoadPlanner& planner, const ReadItem& want, DType dtype);

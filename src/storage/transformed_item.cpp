@@ -105,6 +105,7 @@ bool TransformedTensor::ends_well(TensorArchiveFrame& frame) {
 }
 
 std::optional<TransformedTensor> PartlyRead::take(const StorageInfo& place, uint64_t position) {
+  const std::lock_guard lock(mutex_);
   const auto it = std::ranges::find_if(tensors_, [&](const TransformedTensor& tensor) {
     return tensor.item().place() == place && tensor.position() <= position;
   });
@@ -115,6 +116,7 @@ std::optional<TransformedTensor> PartlyRead::take(const StorageInfo& place, uint
 }
 
 void PartlyRead::put(TransformedTensor tensor) {
+  const std::lock_guard lock(mutex_);
   if (tensors_.size() == kMost) tensors_.pop_front();
   tensors_.push_back(std::move(tensor));
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 
@@ -19,18 +20,16 @@ namespace reshard {
 /// An open data file with its sums, for what reads of it longer than one call lasts.
 class SharedFile {
  public:
-  /// `sums` may be null. They are copied if `lasting`, else borrowed. `counters` are borrowed.
-  SharedFile(std::unique_ptr<RandomAccessFile> file, const SidecarFile* sums, bool lasting, ReadCounters& counters)
-      : file_(std::move(file)),
-        sums_(lasting && sums != nullptr ? std::optional(*sums) : std::nullopt),
-        counted_(*file_, sums_ ? &*sums_ : sums, counters) {}
+  /// `sums` may be null. `counters` are borrowed.
+  SharedFile(std::unique_ptr<RandomAccessFile> file, std::shared_ptr<const SidecarFile> sums, ReadCounters& counters)
+      : file_(std::move(file)), sums_(std::move(sums)), counted_(*file_, sums_.get(), counters) {}
   SharedFile(const SharedFile&) = delete;
   SharedFile& operator=(const SharedFile&) = delete;
   const CountedFile& counted() const { return counted_; }
 
  private:
   std::unique_ptr<RandomAccessFile> file_;
-  std::optional<SidecarFile> sums_;
+  std::shared_ptr<const SidecarFile> sums_;
   CountedFile counted_;
 };
 
@@ -105,7 +104,7 @@ class TransformedTensor {
 };
 
 /// Tensors that were read in part, so that a walk over a tensor block by block decodes it once. The oldest is forgotten
-/// when there are too many: each may hold a window and a file.
+/// when there are too many: each may hold a window and a file. Thread-safe.
 class PartlyRead {
  public:
   /// Takes out the one at `place` that has not come further than `position`.
@@ -114,6 +113,7 @@ class PartlyRead {
 
  private:
   static constexpr size_t kMost = 16;
+  std::mutex mutex_;
   std::list<TransformedTensor> tensors_;  // the oldest first
 };
 

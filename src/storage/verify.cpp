@@ -114,9 +114,9 @@ class Verifier {
   void check_rank(int64_t rank, Sidecars& sidecars) {
     own_sidecars_.insert(sidecar_name(metadata_.storage_meta.value_or(StorageMeta{}).save_id.value_or(""), rank));
     unread_sidecars_.insert(rank);
-    const Sidecars::Files& files = sidecars.of_rank(rank);
+    const std::shared_ptr<const Sidecars::Files> files = sidecars.of_rank(rank);
     unread_sidecars_.erase(rank);
-    for (const auto& [path, sums] : files) {
+    for (const auto& [path, sums] : *files) {
       const auto file = files_.find(path);
       if (file == files_.end() || sidecar_rank(metadata_, path) != rank) {
         problem("the sidecar of rank " + std::to_string(rank) + " speaks of a file that is not of that rank's save",
@@ -134,7 +134,7 @@ class Verifier {
       auto opened = file_system_.open_beneath(directory_, path);
       const RandomAccessFile& file = *opened;
       const bool intact = sums == nullptr || check_blocks(file, *sums, path, items);
-      shared_ = std::make_shared<const SharedFile>(std::move(opened), nullptr, false, counters_);
+      shared_ = std::make_shared<const SharedFile>(std::move(opened), nullptr, counters_);
       check_items(file, path, items, intact);
     });
   }

@@ -19,6 +19,7 @@ class LyingFile final : public RandomAccessFile {
  public:
   explicit LyingFile(Bytes bytes) : bytes_(std::move(bytes)) {}
   uint64_t size() const override { return bytes_.size(); }
+  uint64_t preferred_read_bytes() const override { return preferred; }
   void read_scatter(uint64_t offset, std::span<const MutableByteSpan> parts, std::string_view what) const override {
     const uint64_t begin = offset;
     for (const MutableByteSpan part : parts) {
@@ -36,6 +37,7 @@ class LyingFile final : public RandomAccessFile {
   mutable int reads = 0;
   mutable std::vector<std::pair<uint64_t, uint64_t>> ranges;
   int lie_at = 0;
+  uint64_t preferred = 256 << 10;
 
  private:
   Bytes bytes_;
@@ -60,11 +62,12 @@ class CheckedFileTest : public ::testing::Test {
     file->ranges.clear();
     Bytes out(end - begin);
     const MutableByteSpan part(out);
-    const uint64_t read = CheckedFile(*file, &sums).read(begin, {&part, 1}, "x");
+    const CheckedFile::Read read = CheckedFile(*file, &sums).read(begin, {&part, 1}, "x");
     EXPECT_TRUE(std::ranges::equal(out, ByteSpan(file->bytes()).subspan(begin, end - begin)));
     uint64_t total = 0;
     for (const auto& [from, to] : file->ranges) total += to - from;
-    EXPECT_EQ(read, total);
+    EXPECT_EQ(read.bytes, total);
+    EXPECT_EQ(read.calls, file->ranges.size());
     return file->ranges;
   }
 
@@ -85,6 +88,17 @@ TEST_F(CheckedFileTest, ReadsWholeBlocksInOneCall) {
   EXPECT_EQ(asked(700, 700), Ranges{});
 }
 
+TEST_F(CheckedFileTest, SumsWhatACallHasReadBeforeTheNext) {
+  file->preferred = 4000;
+  EXPECT_EQ(asked(0, 10'000), (Ranges{{0, 4000}, {4000, 8000}, {8000, 10'000}}));
+  EXPECT_EQ(asked(150, 4300), (Ranges{{100, 4100}, {4100, 8100}, {8100, 8292}}));
+  EXPECT_EQ(asked(100, 4100), (Ranges{{100, 4100}, {4100, 4196}}));
+  EXPECT_EQ(asked(9000, 10'000), (Ranges{{9000, 10'000}}));
+  file->bytes()[50] ^= std::byte{1};
+  EXPECT_ERROR(ErrorCode::kCorruptData, "do not match their checksum", asked(0, 10'000));
+  EXPECT_EQ(file->ranges, (Ranges{{0, 4000}, {0, 100}}));  // nothing is read after the changed block is found
+}
+
 TEST_F(CheckedFileTest, EndsOfBlocksAreKnownWhereThereAreSums) {
   const CheckedFile checked(*file, &sums), plain(*file, nullptr);
   EXPECT_TRUE(checked.is_checked());
@@ -102,7 +116,7 @@ TEST_F(CheckedFileTest, WithoutSumsNothingMoreIsReadAndNothingChecked) {
   file->bytes()[7] ^= std::byte{1};
   Bytes out(3);
   const MutableByteSpan part(out);
-  EXPECT_EQ(plain.read(5, {&part, 1}, "x"), 3u);
+  EXPECT_EQ(plain.read(5, {&part, 1}, "x").bytes, 3u);
   EXPECT_EQ(file->ranges, (Ranges{{5, 8}}));
 }
 

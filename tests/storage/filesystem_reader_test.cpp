@@ -626,9 +626,70 @@ TEST_F(FileSystemReaderTest, CountsExactlyWhatItAsksOfTheFileSystem) {
 TEST_F(FileSystemReaderTest, ReadsAWholeLargeTensorWithAHandfulOfCalls) {
   save_rows({1024, 1024}, 1);
   MemoryLoadState state({replica_entry("t", {1024, 1024})});
-  const ReadCounters counters = read_alone(directory_.path(), state);
+  const ReadCounters counters = read_alone(directory_.path(), state, {.verify_checksums = false});
   EXPECT_EQ(counters.reads, 3u);  // tail, head, 4 MiB of elements
   EXPECT_EQ(counters.bytes_staged, 0u);
+  const ReadCounters verified = read_alone(directory_.path(), state);
+  EXPECT_EQ(verified.reads, 2u + 16);  // summed 256 KiB at a time
+  EXPECT_EQ(verified.bytes_staged, 0u);
+}
+
+// Large and small tensors, values and ties, in files of several ranks and threads.
+TEST_F(FileSystemReaderTest, SeveralThreadsReadWhatOneReads) {
+  constexpr int kRanks = 2;
+  std::vector<std::vector<StateEntry>> entries(kRanks);
+  for (int rank = 0; rank < kRanks; ++rank) {
+    for (int i = 0; i < 12; ++i) {
+      entries[rank].push_back(
+          tensor_entry("large." + std::to_string(i), {600, 1024}, {{{300 * rank, 0}, {300, 1024}}}));
+    }
+    for (int i = 0; i < 500; ++i) {
+      const std::string name = std::to_string(rank) + ".small." + std::to_string(i);
+      entries[rank].push_back(replica_entry(name, {20, 50}));
+    }
+    entries[rank].push_back(bytes_entry("value." + std::to_string(rank), 300));
+  }
+  save_checkpoint(directory_.path(), states<MemorySaveState>(entries));
+  std::vector<StateEntry> all;
+  for (const auto& of_rank : entries) {
+    for (const StateEntry& entry : of_rank) {
+      if (!entry.fqn.starts_with("large.")) all.push_back(entry);
+    }
+  }
+  for (int i = 0; i < 12; ++i) all.push_back(replica_entry("large." + std::to_string(i), {600, 1024}));
+  for (const bool verify : {true, false}) {
+    MemoryLoadState alone(all);
+    const ReadCounters one = read_alone(directory_.path(), alone, {.verify_checksums = verify});
+    EXPECT_EQ(alone.first_difference(), "");
+    for (const int threads : {2, 3, 8}) {
+      SCOPED_TRACE(threads);
+      FaultFileSystem files;
+      MemoryLoadState state(all);
+      const ReadCounters several =
+          read_alone(directory_.path(), state, {.verify_checksums = verify, .thread_count = threads}, files);
+      EXPECT_EQ(state.first_difference(), "");
+      EXPECT_EQ(several.bytes_needed, one.bytes_needed);
+      EXPECT_EQ(several.bytes_payload, one.bytes_payload);
+      EXPECT_EQ(several.bytes_sidecars, one.bytes_sidecars);
+      EXPECT_GE(files.calls(FileCall::kOpen), 6u);  // one a batch of 4 MiB
+    }
+  }
+}
+
+// Whichever thread meets it: the error names item and file, and all threads have ended.
+TEST_F(FileSystemReaderTest, AnErrorOfOneThreadIsTheLoads) {
+  std::vector<StateEntry> entries;
+  for (int i = 0; i < 8; ++i) entries.push_back(replica_entry("t" + std::to_string(i), {1 << 20}));
+  save(states<MemorySaveState>({entries}));
+  const StorageInfo place = place_of({"t6", Dims{0}, {}});
+  Bytes bytes = local_file_system().read_file(path("__0_0.distcp"), 1 << 30);
+  bytes[static_cast<size_t>(place.offset + place.length / 2)] ^= std::byte{4};
+  overwrite(path("__0_0.distcp"), bytes);
+  MemoryLoadState state(entries);
+  EXPECT_ERROR(ErrorCode::kCorruptData, "key t6, file __0_0.distcp",
+               read_alone(directory_.path(), state, {.thread_count = 3}));
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "thread_count of a FileSystemReader; wanted 1 or more, found 0",
+               read_alone(directory_.path(), state, {.thread_count = 0}));
 }
 
 TEST_F(FileSystemReaderTest, ReadsSmallItemsTogether) {
@@ -636,7 +697,7 @@ TEST_F(FileSystemReaderTest, ReadsSmallItemsTogether) {
   for (int i = 0; i < 1000; ++i) entries.push_back(replica_entry("t" + std::to_string(i), {100}));
   save(states<MemorySaveState>({entries}));
   MemoryLoadState state(entries);
-  const ReadCounters counters = read_alone(directory_.path(), state);
+  const ReadCounters counters = read_alone(directory_.path(), state, {.verify_checksums = false});
   EXPECT_EQ(state.first_difference(), "");
   EXPECT_EQ(counters.reads, 1u);
   EXPECT_EQ(counters.bytes_payload, counters.bytes_needed);
@@ -714,7 +775,7 @@ TEST_F(FileSystemReaderTest, OrderOfTheWantsDoesNotMatter) {
   MemoryLoadState state({tensor_entry("t", {512, 256}, chunks)});
   const ReadCounters counters = read_alone(directory_.path(), state);
   EXPECT_EQ(state.first_difference(), "");
-  EXPECT_EQ(counters.reads, 3u);
+  EXPECT_EQ(counters.reads, 4u);
 }
 
 TEST_F(FileSystemReaderTest, ReadsTheHeaderOfAnItemOnceHoweverManyWantIt) {
@@ -724,7 +785,7 @@ TEST_F(FileSystemReaderTest, ReadsTheHeaderOfAnItemOnceHoweverManyWantIt) {
   MemoryLoadState state({tensor_entry("t", {512, 256}, chunks)});
   const ReadCounters counters = read_alone(directory_.path(), state);
   EXPECT_EQ(state.first_difference(), "");
-  EXPECT_EQ(counters.reads, 3u);  // the sixteen ranges are neighbours
+  EXPECT_EQ(counters.reads, 4u);  // the sixteen ranges are neighbours
 }
 
 TEST_F(FileSystemReaderTest, JoinsRangesAcrossTheGapThatItMaySkip) {

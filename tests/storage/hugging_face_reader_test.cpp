@@ -65,6 +65,22 @@ TEST_F(HuggingFaceReaderTest, OneFile) {
   EXPECT_EQ(counters.reads, 1u);
 }
 
+TEST_F(HuggingFaceReaderTest, SeveralThreadsReadWhatOneReads) {
+  std::vector<SafetensorsTensor> tensors;
+  std::vector<StateEntry> entries;
+  for (int i = 0; i < 12; ++i) {
+    tensors.push_back({"t" + std::to_string(i), DType::kFloat32, {500'000}, 0, 0});
+    entries.push_back(replica_entry(tensors.back().name, {500'000}));
+  }
+  put("model.safetensors", tensors);
+  const ReadCounters one = expect_loads(entries);
+  const ReadCounters four = expect_loads(entries, {.thread_count = 4});
+  EXPECT_EQ(four.bytes_needed, one.bytes_needed);
+  EXPECT_EQ(four.bytes_read, one.bytes_read);
+  EXPECT_ERROR(ErrorCode::kInvalidArgument, "thread_count of a HuggingFaceStorageReader",
+               expect_loads(entries, {.thread_count = 0}));
+}
+
 TEST_F(HuggingFaceReaderTest, FilesOfAnIndexAndNoOthers) {
   put("model-00001-of-00002.safetensors", {matrix("a")});
   put("model-00002-of-00002.safetensors", {matrix("b")});

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -181,7 +182,7 @@ class MemoryLoadState final : public LoadState {
   }
   void commit_tensor(FlattenRule rule, size_t entry, size_t chunk, const Box& region,
                      const MutableTensorView& view) override {
-    ++commits_;
+    std::atomic_ref(commits_).fetch_add(1);  // reader threads
     const TensorEntry& tensor = memory(rule).tensor(entry);
     if (view.dtype == tensor.properties.dtype) return;
     if (view.dtype != DType::kFloat32 || tensor.properties.dtype != DType::kFloat64) {

@@ -77,6 +77,9 @@ struct FileSystemReaderOptions {
   /// which are read whole, by the sums of the sidecars; a missing or wrong sidecar is an error. In one of PyTorch's,
   /// every record that is read whole, by its zip CRC-32.
   bool verify_checksums = true;
+  /// Threads that a rank reads with, each other items: worth it where a rank has more than one core to itself, and with
+  /// object stores. The planner is called by all of them then; one large tensor is read by one.
+  int thread_count = 1;
   /// Neighbouring ranges of a file closer than this many bytes are read in one call.
   uint32_t coalesce_gap = 0;
   /// What undoes the stream transforms that the catalogue names.
