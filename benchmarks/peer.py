@@ -56,7 +56,7 @@ def measured(action):
 
 def wanted(number):
     whole = torch.arange(number, number + args.rows * args.cols, dtype=torch.int64).to(torch.float32).reshape(args.rows, args.cols)
-    return whole.chunk(world, args.dim)[rank].contiguous() if world > 1 else whole
+    return whole.chunk(world, args.dim)[rank].clone(memory_format=torch.contiguous_format) if world > 1 else whole
 
 
 local = [wanted(i) for i in range(args.count)]
@@ -96,6 +96,7 @@ def save(command):
 
 def load(command):
     directory, kind = command["dir"], command["with"]
+    torch.set_num_threads(command.get("threads", 1))
     if kind == "dcp":
         dcp.load(state, storage_reader=dcp.FileSystemReader(directory))
     elif kind == "torch.save":

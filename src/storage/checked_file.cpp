@@ -3,7 +3,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
+#include <cstring>
 #include <vector>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "reshard/format/crc32.h"
 #include "storage/file_names.h"
@@ -11,6 +16,11 @@
 namespace reshard {
 namespace {
 
+// A file that wants to be asked for no more at a time is read through a buffer that the core's own cache holds.
+constexpr uint64_t kBufferBytes = 128 << 10;
+// From so many bytes on, what is read will not stay in a cache; and the least that is worth a detour around it.
+constexpr uint64_t kStreamedRead = 4 << 20;
+constexpr size_t kStreamedPart = 2 << 10;
 constexpr uint64_t kMaxSidecarBytes = uint64_t{4} << 30;
 // Sidecars are kept for the files to come up to so many bytes. A load takes files rank by rank and needs one at a time.
 constexpr uint64_t kKeptSidecarBytes = 256 << 20;
@@ -20,7 +30,77 @@ constexpr uint64_t kKeptSidecarBytes = 256 << 20;
               {.offset = offset, .wanted = std::to_string(wanted), .found = std::to_string(found)});
 }
 
+/// Copies past the caches: the old contents of the destination are not fetched before they are overwritten.
+void stream_copy(std::byte* to, const std::byte* from, size_t size) {
+#ifdef __SSE2__
+  const size_t head = std::min(size, static_cast<size_t>(-reinterpret_cast<uintptr_t>(to) & 63));
+  std::memcpy(to, from, head);
+  size_t done = head;
+  for (; size - done >= 64; done += 64) {
+    const auto* source = reinterpret_cast<const __m128i*>(from + done);
+    auto* destination = reinterpret_cast<__m128i*>(to + done);
+    for (int i = 0; i < 4; ++i) _mm_stream_si128(destination + i, _mm_loadu_si128(source + i));
+  }
+  std::memcpy(to + done, from + done, size - done);
+  _mm_sfence();
+#else
+  std::memcpy(to, from, size);
+#endif
+}
+
+/// Copies `from` to the parts, one after the other.
+void copy_to(std::span<const MutableByteSpan> parts, ByteSpan from, bool stream) {
+  for (const MutableByteSpan& part : parts) {
+    if (stream && part.size() >= kStreamedPart) {
+      stream_copy(part.data(), from.data(), part.size());
+    } else {
+      std::memcpy(part.data(), from.data(), part.size());
+    }
+    from = from.subspan(part.size());
+  }
+}
+
 }  // namespace
+
+/// One running sum of blocks that are read one after the other: from the first one to the end of the run in its part, then
+/// to the end of each next part.
+class CheckedFile::RunningSum {
+ public:
+  /// Of the blocks from `first` to `end`. Borrows all.
+  RunningSum(const CheckedFile& file, const BlockMap::Block& first, uint64_t end, std::string_view what)
+      : file_(file),
+        end_(end),
+        what_(what),
+        run_(first.begin),
+        position_(first.begin),
+        run_end_(std::min(first.part_end, end)),
+        crc_(first.seed) {}
+
+  /// Throws kCorruptData once a run has ended that does not match.
+  void add(ByteSpan bytes) {
+    while (!bytes.empty()) {
+      const ByteSpan piece = bytes.first(static_cast<size_t>(std::min<uint64_t>(bytes.size(), run_end_ - position_)));
+      crc_ = crc32(piece, crc_);
+      position_ += piece.size();
+      bytes = bytes.subspan(piece.size());
+      if (position_ < run_end_) continue;
+      if (crc_ != file_.blocks_->at(run_end_ - 1).sum) file_.name_changed_block(run_, run_end_, what_);
+      if (position_ == end_) break;
+      run_ = position_;
+      run_end_ = std::min(file_.blocks_->at(position_).part_end, end_);
+      crc_ = 0;
+    }
+  }
+
+ private:
+  const CheckedFile& file_;
+  const uint64_t end_;
+  const std::string_view what_;
+  uint64_t run_;
+  uint64_t position_;
+  uint64_t run_end_;
+  uint32_t crc_;
+};
 
 CheckedFile::CheckedFile(const RandomAccessFile& file, const SidecarFile* sums) : file_(file) {
   if (sums == nullptr) return;
@@ -42,12 +122,15 @@ CheckedFile::Read CheckedFile::read(uint64_t offset, std::span<const MutableByte
   uint64_t wanted = 0;
   for (const MutableByteSpan& part : parts) wanted += part.size();
   if (wanted == 0) return {};
-  if (!blocks_ || offset > size() || wanted > size() - offset) {
+  const bool checked = blocks_ && offset <= size() && wanted <= size() - offset;
+  const uint64_t most = file_.preferred_read_bytes();
+  const bool buffered = most <= kBufferBytes && (checked || wanted >= kStreamedRead);
+  if (!checked && !buffered) {
     file_.read_scatter(offset, parts, what);
     return {wanted, 1};
   }
-  const BlockMap::Block first = blocks_->at(offset);
-  const uint64_t end = block_end(offset + wanted);
+  const BlockMap::Block first = checked ? blocks_->at(offset) : BlockMap::Block{.begin = offset};
+  const uint64_t end = checked ? block_end(offset + wanted) : offset + wanted;
   std::array<std::byte, kBlockBytes> before;
   std::array<std::byte, kBlockBytes> after;
   std::vector<MutableByteSpan> whole;
@@ -56,34 +139,27 @@ CheckedFile::Read CheckedFile::read(uint64_t offset, std::span<const MutableByte
   whole.insert(whole.end(), parts.begin(), parts.end());
   if (end > offset + wanted) whole.push_back(MutableByteSpan(after).first(static_cast<size_t>(end - offset - wanted)));
 
-  // One running sum from the first block to the end of the run in its part, then to the end of each next part.
-  uint64_t run = first.begin;
-  uint64_t position = run;
-  uint64_t run_end = std::min(first.part_end, end);
-  uint32_t crc = first.seed;
-  const auto check = [&](ByteSpan bytes) {
-    while (!bytes.empty()) {
-      const ByteSpan piece = bytes.first(static_cast<size_t>(std::min<uint64_t>(bytes.size(), run_end - position)));
-      crc = crc32(piece, crc);
-      position += piece.size();
-      bytes = bytes.subspan(piece.size());
-      if (position < run_end) continue;
-      if (crc != blocks_->at(run_end - 1).sum) name_changed_block(run, run_end, what);
-      if (position == end) break;
-      run = position;
-      run_end = std::min(blocks_->at(position).part_end, end);
-      crc = 0;
-    }
-  };
-  // What a call has read is summed before the next one, while the core's own cache still has it.
+  // What a call has read is summed, and taken to its place, while the core's own cache has it: that is quicker than to
+  // have the system copy it to its place, by way of the caches, and to fetch it from there.
+  std::optional<RunningSum> sum;
+  if (checked) sum.emplace(*this, first, end, what);
   Read done;
-  const uint64_t most = file_.preferred_read_bytes();
+  std::array<std::byte, kBufferBytes> buffer;
   std::vector<MutableByteSpan> call;
   uint64_t in_call = 0;
   const auto read_call = [&] {
-    file_.read_scatter(position, call, what);
+    const uint64_t at = first.begin + done.bytes;
+    if (buffered) {
+      const auto read = MutableByteSpan(buffer).first(static_cast<size_t>(in_call));
+      file_.read_exactly(at, read, what);
+      if (sum) sum->add(read);
+      copy_to(call, read, wanted >= kStreamedRead);
+    } else {
+      file_.read_scatter(at, call, what);
+      for (const MutableByteSpan& bytes : call) sum->add(bytes);
+    }
     ++done.calls;
-    for (const MutableByteSpan& bytes : call) check(bytes);
+    done.bytes += in_call;
     call.clear();
     in_call = 0;
   };
@@ -96,7 +172,6 @@ CheckedFile::Read CheckedFile::read(uint64_t offset, std::span<const MutableByte
     }
   }
   read_call();
-  done.bytes = end - first.begin;
   return done;
 }
 

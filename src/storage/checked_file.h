@@ -36,6 +36,7 @@ class CheckedFile {
   uint64_t block_end(uint64_t offset) const;
 
  private:
+  class RunningSum;
   [[noreturn]] void name_changed_block(uint64_t begin, uint64_t end, std::string_view what) const;
 
   const RandomAccessFile& file_;

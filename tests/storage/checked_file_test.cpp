@@ -37,7 +37,7 @@ class LyingFile final : public RandomAccessFile {
   mutable int reads = 0;
   mutable std::vector<std::pair<uint64_t, uint64_t>> ranges;
   int lie_at = 0;
-  uint64_t preferred = 256 << 10;
+  uint64_t preferred = 128 << 10;
 
  private:
   Bytes bytes_;
@@ -97,6 +97,51 @@ TEST_F(CheckedFileTest, SumsWhatACallHasReadBeforeTheNext) {
   file->bytes()[50] ^= std::byte{1};
   EXPECT_ERROR(ErrorCode::kCorruptData, "do not match their checksum", asked(0, 10'000));
   EXPECT_EQ(file->ranges, (Ranges{{0, 4000}, {0, 100}}));  // nothing is read after the changed block is found
+}
+
+// Large reads go to their places past the caches, 128 KiB at a time: parts of every alignment, short and long.
+TEST_F(CheckedFileTest, LargeReadsReachEveryPart) {
+  Bytes bytes(5 << 20);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7 + i / 256);
+  LyingFile large(bytes);
+  BlockSummer summer;
+  summer.add(bytes);
+  const SidecarFile large_sums = summer.finish("f");
+  constexpr std::byte kUntouched{0xA5};
+  for (const SidecarFile* checked_by : {static_cast<const SidecarFile*>(nullptr), &large_sums}) {
+    Bytes out(bytes.size() + 4096, kUntouched);
+    std::vector<MutableByteSpan> parts;
+    std::vector<std::pair<size_t, size_t>> gaps;
+    size_t wanted = 0;
+    size_t at = 1;
+    const auto add = [&](size_t size) {
+      parts.push_back(MutableByteSpan(out).subspan(at, size));
+      gaps.emplace_back(at + size, 3);
+      at += size + 3;
+      wanted += size;
+    };
+    for (const size_t size : {1, 63, 64, 2047, 2048, 2111, 5000, (128 << 10) - 1, (128 << 10) + 77}) add(size);
+    add(bytes.size() - 100 - wanted);
+    large.ranges.clear();
+    const CheckedFile::Read read = CheckedFile(large, checked_by).read(50, parts, "x");
+    EXPECT_EQ(read.bytes, checked_by != nullptr ? bytes.size() : bytes.size() - 100);
+    EXPECT_EQ(read.calls, 40u);
+    EXPECT_EQ(large.ranges.size(), 40u);
+    size_t from = 50;
+    for (const MutableByteSpan& part : parts) {
+      EXPECT_TRUE(std::ranges::equal(part, ByteSpan(bytes).subspan(from, part.size()))) << "at " << from;
+      from += part.size();
+    }
+    EXPECT_EQ(out[0], kUntouched);
+    for (const auto& [begin, size] : gaps) {
+      for (size_t i = 0; i < size; ++i) EXPECT_EQ(out[begin + i], kUntouched) << begin;
+    }
+  }
+  EXPECT_ERROR(ErrorCode::kCorruptData, "thing: the file ends too early", [&] {
+    Bytes out(5 << 20);
+    const MutableByteSpan part(out);
+    CheckedFile(large, nullptr).read(1, {&part, 1}, "thing");
+  }());
 }
 
 TEST_F(CheckedFileTest, EndsOfBlocksAreKnownWhereThereAreSums) {

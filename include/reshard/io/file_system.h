@@ -34,7 +34,7 @@ class RandomAccessFile {
   virtual uint64_t size() const = 0;
   /// How much one call should ask for where much is wanted: more is no faster. Of a local file not more than what the
   /// core's own cache keeps, for those who look at what they have read.
-  virtual uint64_t preferred_read_bytes() const { return 256 << 10; }
+  virtual uint64_t preferred_read_bytes() const { return 128 << 10; }
   /// Fills the parts, one after the other, with the bytes that begin at `offset`: one system call where the system's
   /// limits allow. A file that ends before is kCorruptData with file, offset, wanted and found; `what` names the thing
   /// that is read in that message ("header of item model.weight"). The contents of the parts are unspecified after an

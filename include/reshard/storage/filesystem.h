@@ -96,7 +96,7 @@ struct ReadCounters {
   uint64_t bytes_verify = 0;    // read only because they are in one block with wanted ones
   uint64_t bytes_read = 0;      // all bytes read from data files, headers and bytes_verify included
   uint64_t reads = 0;           // read calls
-  uint64_t bytes_staged = 0;    // payload bytes that were not read straight into their destination
+  uint64_t bytes_staged = 0;    // payload bytes copied to their destination from a buffer of more than 128 KiB
   uint64_t bytes_sidecars = 0;  // of sidecars
 };
 
