@@ -19,7 +19,7 @@ namespace {
 // A file that wants to be asked for no more at a time is read through a buffer that the core's own cache holds.
 constexpr uint64_t kBufferBytes = 128 << 10;
 // From so many bytes on, what is read will not stay in a cache; and the least that is worth a detour around it.
-constexpr uint64_t kStreamedRead = 4 << 20;
+constexpr uint64_t kStreamedRead = 2 << 20;
 constexpr size_t kStreamedPart = 2 << 10;
 constexpr uint64_t kMaxSidecarBytes = uint64_t{4} << 30;
 // Sidecars are kept for the files to come up to so many bytes. A load takes files rank by rank and needs one at a time.
