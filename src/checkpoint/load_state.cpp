@@ -3,7 +3,10 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
 
 #include "checkpoint/save_state.h"
 #include "checkpoint/value_codec.h"
@@ -11,17 +14,34 @@
 
 namespace reshard {
 
+namespace {
+
+void add_stream(const at::Tensor& tensor, std::vector<c10::Stream>& streams) {
+  if (tensor.is_cpu() || tensor.is_meta()) return;
+  const c10::Device device = tensor.device();
+  if (std::ranges::none_of(streams, [&](const c10::Stream& stream) { return stream.device() == device; })) {
+    streams.push_back(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+  }
+}
+
+}  // namespace
+
 // Both rules are flattened by the thread that plans, before any reader thread runs.
 const StateDictLoadState::Flat& StateDictLoadState::flat(FlattenRule rule) const {
   auto& made = flat_[static_cast<size_t>(rule)];
   if (!made) {
-    Flat flat{flatten(state_, rule), {}};
+    Flat flat{flatten(state_, rule), {}, {}};
     flat.entries.reserve(flat.items.size());
     for (auto& item : flat.items) {
       StateEntry entry{std::move(item.fqn), std::move(item.path), BytesEntry{}};
       if (item.value->is<at::Tensor>() || item.value->is<ShardedTensor>())
         entry.value = make_tensor_entry(entry.fqn, *item.value);
       flat.entries.push_back(std::move(entry));
+      if (item.value->is<at::Tensor>()) {
+        add_stream(item.value->as<at::Tensor>(), flat.streams);
+      } else if (item.value->is<ShardedTensor>()) {
+        for (const LocalShard& local : item.value->as<ShardedTensor>().shards()) add_stream(local.tensor, flat.streams);
+      }
     }
     made = std::move(flat);
   }
@@ -79,6 +99,11 @@ void StateDictLoadState::commit_tensor(FlattenRule rule, size_t entry, size_t ch
     return;
   }
   const at::NoGradGuard no_grad;
+  // Threads of a reader have streams of their own, which do not wait for what the caller has begun.
+  c10::OptionalStreamGuard on_stream;
+  for (const c10::Stream& stream : flat(rule).streams) {
+    if (stream.device() == tensor.device()) on_stream.reset_stream(stream);
+  }
   const Box& box = std::get<TensorEntry>(flat(rule).entries[entry].value).chunks.at(chunk);
   at::Tensor part = tensor.detach();  // shares memory and version counter
   for (size_t d = 0; d < region.sizes.size(); ++d) {

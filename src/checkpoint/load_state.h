@@ -2,6 +2,8 @@
 #pragma once
 // A StateDict as planners see it when it is loaded into.
 
+#include <c10/core/Stream.h>
+
 #include <array>
 #include <optional>
 #include <vector>
@@ -27,6 +29,7 @@ class StateDictLoadState final : public LoadState {
   struct Flat {
     std::vector<FlatItem<StateValue>> items;
     std::vector<StateEntry> entries;
+    std::vector<c10::Stream> streams;  // current ones of the thread that plans, one a device
   };
   const Flat& flat(FlattenRule rule) const;
 

@@ -2,7 +2,9 @@
 // The catalogue says of a quantized tensor what is loaded, not what is stored. What all ranks need to know of the latter is
 // the item's transform: kBlockTransform and the dtype of the values, or kMxfp4Transform.
 #include <algorithm>
+#include <atomic>
 #include <functional>
+#include <mutex>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -12,6 +14,7 @@
 #include "reshard/storage/hugging_face.h"
 #include "storage/direct_reader.h"
 #include "storage/hugging_face_files.h"
+#include "storage/parallel.h"
 #include "storage/small_floats.h"
 #include "storage/stored_items.h"
 
@@ -202,11 +205,11 @@ class BoxReader {
       const CountedFile file(*file_, nullptr, counters_);
       Bytes bytes(static_cast<size_t>(
           checked_mul(volume(box.sizes), element_size(elements.dtype), "size of a part of a tensor")));
-      counters_.bytes_needed += bytes.size();
+      add_to(counters_.bytes_needed, bytes.size());
       DirectReader reader(file, options_.coalesce_gap, nullptr, counters_, on_read_);
       reader.add(elements, box, {bytes.data(), elements.dtype, box.sizes, contiguous_strides(box.sizes), nullptr});
       reader.flush();
-      counters_.bytes_staged += bytes.size();
+      add_to(counters_.bytes_staged, bytes.size());
       return bytes;
     });
   }
@@ -380,11 +383,10 @@ void QuantizedHuggingFaceStorageReader::read_data(const LoadPlan& plan, LoadPlan
       return std::tie(a.tensor.values_file, a.tensor.values.begin) <
              std::tie(b.tensor.values_file, b.tensor.values.begin);
     });
-    BoxReader values(file_system_, directory_, options_.files, counters_);
-    BoxReader scales(file_system_, directory_, options_.files, counters_);
     const DType dtype = options_.target_dtype;
     uint64_t done = 0;
-    for (const Want& want : wants) {
+    std::mutex progress;
+    const auto read = [&](const Want& want, BoxReader& values, BoxReader& scales) {
       const ReadItem* item = want.item;
       const Quantized& tensor = want.tensor;
       with_error_context(
@@ -404,12 +406,22 @@ void QuantizedHuggingFaceStorageReader::read_data(const LoadPlan& plan, LoadPlan
               }
               copy_strided(dense.data(), contiguous_strides(piece.sizes), view.data + first * element_size(dtype),
                            view.strides, piece.sizes, element_size(dtype));
+              const std::lock_guard lock(progress);
               done += dense.size();
               if (context.progress) context.progress({"read", plain_total + done, plain_total + total});
             }
             planner.commit_tensor(*item, view);
           });
-    }
+    };
+    const auto threads = static_cast<size_t>(options_.files.thread_count);
+    const size_t batches = threads == 1 ? 1 : std::min(wants.size(), 4 * threads);
+    std::atomic<bool> failed = false;
+    run_parallel(batches, threads, failed, [&](size_t batch) {
+      BoxReader values(file_system_, directory_, options_.files, counters_);
+      BoxReader scales(file_system_, directory_, options_.files, counters_);
+      const size_t end = wants.size() * (batch + 1) / batches;
+      for (size_t i = wants.size() * batch / batches; i < end && !failed; ++i) read(wants[i], values, scales);
+    });
   });
 }
 

@@ -69,6 +69,47 @@ RESHARD_DISTRIBUTED_TEST(ReshardingTest, EveryShardingLoadsIntoEveryOther, .rank
   }
 }
 
+// Parameters, casts, views and values, each rank with threads of its own.
+RESHARD_DISTRIBUTED_TEST(ReshardingTest, SeveralThreadsLoadEveryKindOfValue, .ranks = 2) {
+  process_group();
+  const std::string dir = (temp_dir() / "ckpt").string();
+  const Dims size{1024, 1024};
+  const auto split = [&](size_t dim) {
+    Spec spec;
+    for (int r = 0; r < 2; ++r) spec.emplace_back(r, split_evenly(whole_box(size), dim, 2, r));
+    return spec;
+  };
+  const at::Tensor whole = whole_of(size);
+  StateDict state;
+  for (int i = 0; i < 4; ++i) {
+    const std::string n = std::to_string(i);
+    state["rows" + n] = shard(size, split(0), rank(), true);
+    state["parameter" + n] = whole + i;
+    state["value" + n] = i;
+  }
+  save(state, FileSystemWriter(dir, {.thread_count = 2, .sync_files = false}));
+  StateDict target;
+  std::vector<int64_t> versions;
+  for (int i = 0; i < 4; ++i) {
+    const std::string n = std::to_string(i);
+    target["rows" + n] = shard(size, split(1), rank(), false);
+    const auto dtype = i % 2 == 0 ? at::kFloat : at::kDouble;
+    target["parameter" + n] = at::zeros({1024, 1024}, dtype).t().requires_grad_();
+    versions.push_back(target.at("parameter" + n).as<at::Tensor>()._version());
+    target["value" + n] = None{};
+  }
+  load(target, FileSystemReader(dir, {.thread_count = 3}), {.allow_cast = true});
+  for (int i = 0; i < 4; ++i) {
+    const std::string n = std::to_string(i);
+    expect_filled(target.at("rows" + n).as<ShardedTensor>());
+    const at::Tensor& parameter = target.at("parameter" + n).as<at::Tensor>();
+    EXPECT_TRUE(parameter.to(at::kFloat).equal(whole + i)) << i;
+    EXPECT_TRUE(parameter.requires_grad() && parameter.is_leaf());
+    EXPECT_GT(parameter._version(), versions[static_cast<size_t>(i)]);
+    EXPECT_EQ(target.at("value" + n).as<int64_t>(), i);
+  }
+}
+
 // test_switch_between_sharded_tensor_to_tensor.
 RESHARD_DISTRIBUTED_TEST(ReshardingTest, TheKindOfContainerIsNotPartOfTheFile, .ranks = 2) {
   process_group();

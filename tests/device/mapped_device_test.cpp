@@ -155,6 +155,29 @@ TEST_F(MappedDeviceTest, SavesAndLoadsTensorsOfEveryShape) {
   EXPECT_TRUE(wide.select(3, 0).cpu().equal(at::zeros({4, 3, 2})));
 }
 
+TEST_F(MappedDeviceTest, ReaderThreadsWaitForWhatTheCallerHasBegun) {
+  const TemporaryDirectory directory;
+  StateDict state;
+  for (int i = 0; i < 6; ++i) state["t" + std::to_string(i)] = at::full({1 << 20}, i + 1.f);
+  save(state, FileSystemWriter(directory.path()));
+
+  const c10::DeviceGuard guard(kDevice);
+  const c10::impl::VirtualGuardImpl impl(kMapped);
+  const c10::StreamGuard on_side(impl.getNewStream(kDevice));
+  const at::Tensor before = at::full({1 << 20}, -1.f).pin_memory();
+  StateDict target;
+  for (const auto& [key, value] : state.items()) {
+    at::Tensor t = at::empty({1 << 20}, at::TensorOptions(kDevice));
+    t.copy_(before, /*non_blocking=*/true);  // happens when somebody waits for the side stream
+    target[key] = t;
+  }
+  load(target, FileSystemReader(directory.path(), {.thread_count = 3}));
+  impl.synchronizeStream(impl.getStream(kDevice));
+  for (const auto& [key, value] : state.items()) {
+    EXPECT_TRUE(target.at(key).as<at::Tensor>().cpu().equal(value.as<at::Tensor>())) << key;
+  }
+}
+
 // --- asynchronous saves ----------------------------------------------------------------------------------------------
 
 class MappedAsyncSaveTest : public MappedDeviceTest {

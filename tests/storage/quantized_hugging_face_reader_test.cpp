@@ -287,6 +287,36 @@ TEST_F(QuantizedHuggingFaceReaderTest, OthersLoadAsTheyAre) {
 
 // --- refusals
 
+TEST_F(QuantizedHuggingFaceReaderTest, SeveralThreadsReadWhatOneReads) {
+  constexpr int kTensors = 20;
+  std::vector<Filled> tensors;
+  std::vector<StateEntry> entries;
+  for (int i = 0; i < kTensors; ++i) {
+    const std::string name = "w" + std::to_string(i);
+    tensors.push_back(filled(name, DType::kFloat32, {8, 8}, of_floats(std::vector<float>(64, static_cast<float>(i)))));
+    tensors.push_back(filled(name + "_scale_inv", DType::kFloat32, {2, 2}, of_floats({1, 2, 3, 4})));
+    entries.push_back(tensor_entry(name, {8, 8}, {whole_box({8, 8})}));
+  }
+  put("model.safetensors", tensors);
+  std::vector<uint64_t> read;
+  for (const int threads : {1, 3}) {
+    MemoryLoadState state(entries);
+    DefaultLoadPlanner planner;
+    QuantizedHuggingFaceStorageReader reader(directory_.path(), {.block_size = 4, .files = {.thread_count = threads}});
+    Progress last;
+    run_load(*solo_transport(), state, planner, reader, [&](const Progress& progress) { last = progress; });
+    EXPECT_EQ(last.done, last.total);
+    for (size_t i = 0; i < kTensors; ++i) {
+      const std::vector<float> values = floats_of(state.memory().buffer(i), DType::kFloat32);
+      const auto value = static_cast<float>(i);
+      EXPECT_EQ(values.front(), value);
+      EXPECT_EQ(values.back(), 4 * value);
+    }
+    read.push_back(reader.counters().bytes_read);
+  }
+  EXPECT_EQ(read[0], read[1]);
+}
+
 TEST_F(QuantizedHuggingFaceReaderTest, OptionsThatMakeNoSense) {
   EXPECT_ERROR(ErrorCode::kInvalidArgument, "block_size",
                QuantizedHuggingFaceStorageReader(directory_.path(), {.block_size = 0}));

@@ -87,7 +87,7 @@ void consolidate_safetensors_files(const std::string& input_directory, const std
                                    FileSystem& file_system = local_file_system());
 
 struct HuggingFaceReaderOptions {
-  /// Threads that a rank reads with, each other tensors. Those that are dequantized are read by one.
+  /// Threads that a rank reads, and dequantizes, with, each other tensors.
   int thread_count = 1;
   /// Neighbouring ranges of a file closer than this many bytes are read in one call.
   uint32_t coalesce_gap = 0;
