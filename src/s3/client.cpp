@@ -212,6 +212,10 @@ S3Client::S3Client(S3Options options) : options_(s3::resolve(std::move(options))
   require(options_.parallel >= 1 && options_.parallel <= 256, "parallel", "1 to 256",
           std::to_string(options_.parallel));
   require(options_.max_attempts >= 1, "max_attempts", "1 or more", std::to_string(options_.max_attempts));
+  require(options_.copy_bytes >= kMinPart && options_.copy_bytes <= kMaxPart, "copy_bytes", "5 MiB to 5 GiB",
+          std::to_string(options_.copy_bytes));
+  require(options_.lock_lease >= milliseconds(1000), "lock_lease", "1 s or more",
+          std::to_string(options_.lock_lease.count()) + " ms");
   for (const milliseconds time : {options_.attempt_timeout, options_.deadline}) {
     require(time.count() >= 1, "a time", "1 ms or more", std::to_string(time.count()));
   }
@@ -234,6 +238,19 @@ S3Client::S3Client(S3Options options) : options_(s3::resolve(std::move(options))
 
 S3Client::~S3Client() {
   for (CURL* handle : idle_) curl_easy_cleanup(handle);
+}
+
+std::string random_id() {
+  std::random_device device;
+  std::string text;
+  for (int i = 0; i < 32; ++i) text += "0123456789abcdef"[device() % 16];
+  return text;
+}
+
+std::optional<S3Response> head(S3Client& client, const S3Location& location) {
+  S3Response response = client.send({.method = "HEAD", .location = location, .operation = "look", .also = {404}});
+  if (response.status == 404) return std::nullopt;
+  return response;
 }
 
 S3Counters S3Client::counters() const { return {requests_, retries_, sent_, received_}; }

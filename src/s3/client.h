@@ -8,6 +8,7 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -51,6 +52,15 @@ struct S3Response {
 
 /// The text of the first <name> in an XML document, after `from` if given, which it then moves behind it; nothing without one.
 std::optional<std::string> xml_element(std::string_view document, std::string_view name, size_t* from = nullptr);
+
+/// The header of an object that tells one write from every other.
+inline constexpr const char* kWriteId = "x-amz-meta-reshard-write";
+/// 32 hexadecimal digits.
+std::string random_id();
+
+class S3Client;
+/// The headers of an object; nothing where there is none.
+std::optional<S3Response> head(S3Client& client, const S3Location& location);
 
 /// Thread-safe.
 class S3Client {

@@ -4,34 +4,20 @@
 #include <algorithm>
 #include <charconv>
 #include <deque>
+#include <functional>
 #include <future>
-#include <random>
 #include <set>
 #include <utility>
 
 #include "reshard/core/hooks.h"
 #include "s3/client.h"
+#include "s3/lease.h"
+#include "s3/signature.h"
 
 namespace reshard {
 namespace {
 
 constexpr uint64_t kMaxParts = 10'000;
-constexpr const char* kWriteId = "x-amz-meta-reshard-write";  // tells one upload from every other
-
-std::string random_id() {
-  std::random_device device;
-  std::string text;
-  for (int i = 0; i < 32; ++i) text += "0123456789abcdef"[device() % 16];
-  return text;
-}
-
-/// Size and version of an object; nothing where there is none.
-std::optional<S3Response> head(S3Client& client, const S3Location& location) {
-  S3Response response = client.send({.method = "HEAD", .location = location, .operation = "look", .also = {404}});
-  if (response.status == 404) return std::nullopt;
-  return response;
-}
-
 uint64_t size_of(const S3Response& response, const S3Location& location) {
   const std::string& text = response.header("content-length");
   uint64_t size = 0;
@@ -194,6 +180,12 @@ class S3ReadFile final : public RandomAccessFile {
   std::string etag_;
 };
 
+/// What asks for the content of another object, in that version.
+std::map<std::string, std::string> copy_headers(const S3Location& source, const std::string& etag) {
+  return {{"x-amz-copy-source", "/" + source.bucket + "/" + s3::uri_encode(source.key, true)},
+          {"x-amz-copy-source-if-match", etag}};
+}
+
 // --- writing
 // -----------------------------------------------------------------------------------------------------------
 
@@ -238,6 +230,25 @@ class S3WriteFile final : public WritableFile {
   }
   void write_back(uint64_t, uint64_t) override {}
   void start_write_back(uint64_t, uint64_t) override {}
+
+  /// Takes an object's content in parts, on the server's side. Nothing else is written.
+  void copy_from(const S3Location& source, uint64_t size, const std::string& etag) {
+    const uint64_t most = client_->options().copy_bytes;
+    for (uint64_t begin = 0; begin < size; begin += most) {
+      const std::string range =
+          "bytes=" + std::to_string(begin) + "-" + std::to_string(std::min(size, begin + most) - 1);
+      add_part([this, source, etag, range](uint64_t number) {
+        auto headers = copy_headers(source, etag);
+        headers["x-amz-copy-source-range"] = range;
+        const S3Response response = client_->send({.method = "PUT",
+                                                   .location = location_,
+                                                   .operation = "copy a part",
+                                                   .query = part_query(number),
+                                                   .headers = std::move(headers)});
+        return xml_element(response.body, "ETag").value_or("");
+      });
+    }
+  }
 
   /// All that can fail but the publication itself.
   void sync() override {
@@ -287,7 +298,25 @@ class S3WriteFile final : public WritableFile {
     if (response.status == 412 && !(response.attempts > 1 && is_published())) refuse_existing();
   }
 
+  std::map<std::string, std::string> part_query(uint64_t number) const {
+    return {{"partNumber", std::to_string(number)}, {"uploadId", upload_id_}};
+  }
+
   void upload_part() {
+    const uint64_t size = buffer_.size();
+    add_part([this, bytes = std::exchange(buffer_, {})](uint64_t number) {
+      const S3Response response = client_->send({.method = "PUT",
+                                                 .location = location_,
+                                                 .operation = "upload a part",
+                                                 .query = part_query(number),
+                                                 .body = bytes});
+      return response.header("etag");
+    });
+    begin_ += size;
+  }
+
+  /// `send` sends the part of a number and returns its ETag; while it runs, others may.
+  void add_part(std::function<std::string(uint64_t)> send) {
     if (parts_ == kMaxParts) {
       throw Error(ErrorCode::kUnsupported, "an object has at most 10000 parts; make part_bytes larger",
                   {.file = location_.url(), .offset = begin_});
@@ -305,17 +334,7 @@ class S3WriteFile final : public WritableFile {
       }
     }
     wait_for_parts(static_cast<size_t>(client_->options().parallel) - 1);
-    const uint64_t number = ++parts_;
-    begin_ += buffer_.size();
-    under_way_.push_back(std::async(std::launch::async, [this, number, bytes = std::exchange(buffer_, {})] {
-      const S3Response response =
-          client_->send({.method = "PUT",
-                         .location = location_,
-                         .operation = "upload a part",
-                         .query = {{"partNumber", std::to_string(number)}, {"uploadId", upload_id_}},
-                         .body = bytes});
-      return response.header("etag");
-    }));
+    under_way_.push_back(std::async(std::launch::async, std::move(send), ++parts_));
   }
 
   void wait_for_parts(size_t most) {
@@ -433,7 +452,20 @@ std::string S3FileSystem::real_path(const std::string& path) {
 }
 
 void S3FileSystem::rename(const std::string& from, const std::string& to) {
-  throw Error(ErrorCode::kUnsupported, "objects cannot be renamed to " + to, {.file = from});
+  const S3Location source = parse_s3_url(from);
+  const S3Location location = parse_s3_url(to);
+  const auto found = head(*client_, source);
+  if (!found) throw Error(ErrorCode::kNotFound, "there is no such object to rename", {.file = from});
+  const uint64_t size = size_of(*found, source);
+  const std::string& etag = found->header("etag");
+  if (size <= client_->options().copy_bytes) {
+    client_->send({.method = "PUT", .location = location, .operation = "copy", .headers = copy_headers(source, etag)});
+  } else {
+    S3WriteFile copy(client_, location, /*exclusive=*/false);
+    copy.copy_from(source, size, etag);
+    copy.close();
+  }
+  remove(from);
 }
 
 bool S3FileSystem::remove(const std::string& path) {
@@ -462,8 +494,11 @@ std::optional<FileStatus> S3FileSystem::status(const std::string& path) {
   return FileStatus{FileKind::kDirectory, 0};
 }
 
-std::unique_ptr<FileLock> S3FileSystem::try_lock(const std::string& path, std::string_view) {
-  throw Error(ErrorCode::kUnsupported, "an object store has no locks", {.file = path});
+std::unique_ptr<FileLock> S3FileSystem::try_lock(const std::string& path, std::string_view holder) {
+  if (!client_->options().conditional_writes) {
+    throw Error(ErrorCode::kUnsupported, "a lock needs a store with conditional writes", {.file = path});
+  }
+  return S3Lease::take(client_, parse_s3_url(path), std::string(holder));
 }
 
 }  // namespace reshard

@@ -104,7 +104,15 @@ std::optional<int64_t> CheckpointManager::latest() const {
   return all.empty() ? std::nullopt : std::optional(all.back());
 }
 
+void CheckpointManager::require_lock() const {
+  if (lock_->is_held()) return;
+  throw Error(ErrorCode::kFailedPrecondition,
+              "the lock could not be renewed in time: another job may write its checkpoints here by now",
+              {.file = root_});
+}
+
 std::optional<int64_t> CheckpointManager::resume() {
+  require_lock();
   for (const int64_t step : steps_in(root_, file_system_)) {
     const std::string directory = step_directory(root_, step);
     if (is_committed(directory, file_system_)) continue;
@@ -122,6 +130,7 @@ void CheckpointManager::saved(int64_t step) {
   if (!is_committed(directory, file_system_)) {
     throw Error(ErrorCode::kFailedPrecondition, "the step was not saved", {.file = directory});
   }
+  require_lock();
   if (options_.keep_last == 0) return;
   std::vector<int64_t> old;
   try {

@@ -239,7 +239,16 @@ void commit(FileSystem& file_system, const std::string& directory, const std::st
   for (const std::string& name : names) {
     test_point("safetensors.before_rename");
     made.push_back(name);
-    file_system.rename(join_path(directory, temporary_name(name, save_id)), join_path(directory, name));
+    try {
+      file_system.rename(join_path(directory, temporary_name(name, save_id)), join_path(directory, name));
+    } catch (...) {
+      // A copy without an answer may have been made, or may yet be.
+      const ErrorCode code = current_failure().code;
+      if (!index && name == *names.rbegin() && (code == ErrorCode::kUnavailable || code == ErrorCode::kTimeout)) {
+        committed = Committed::kUnknown;
+      }
+      throw;
+    }
   }
   if (!index) committed = Committed::kUnknown;
   if (sync_files) file_system.sync_directory(directory);
@@ -313,6 +322,13 @@ std::vector<SavePlan> HuggingFaceStorageWriter::prepare_global_plan(std::vector<
       }
     }
   }
+  const bool alone = file_system_.publishes_on_close();
+  if (alone && plans.size() > 1) {
+    throw Error(ErrorCode::kUnsupported,
+                "several ranks cannot write one object: save with consolidate = false, then "
+                "consolidate_safetensors_files() into another directory",
+                {.file = directory_, .wanted = "1 rank", .found = std::to_string(plans.size())});
+  }
   layout_ = std::make_unique<Layout>();
   layout_->files = lay_out_consolidated(std::move(tensors), options_.fqn_to_index_mapping);
   for (const OutputFile& file : layout_->files) {
@@ -328,7 +344,7 @@ std::vector<SavePlan> HuggingFaceStorageWriter::prepare_global_plan(std::vector<
   for (const OutputFile& file : layout_->files) {
     const std::string name = temporary_name(file.name, save_id_);
     made_.push_back(name);
-    file_system_.create(join_path(directory_, name), CreateMode::kExclusive)->close();
+    if (!alone) file_system_.create(join_path(directory_, name), CreateMode::kExclusive)->close();
   }
   return plans;
 }
@@ -363,6 +379,8 @@ std::vector<WriteResult> HuggingFaceStorageWriter::write_data(const SavePlan& pl
     results.push_back({plan.items[i].index, plan.storage[i]});
   }
 
+  for (auto& [name, job] : jobs) std::ranges::sort(job.items, {}, [&](size_t i) { return plan.storage[i].offset; });
+
   uint64_t done = 0;
   const auto on_written = [&](uint64_t bytes) {
     done += bytes;
@@ -375,7 +393,8 @@ std::vector<WriteResult> HuggingFaceStorageWriter::write_data(const SavePlan& pl
       with_error_context({.file = join_path(directory_, name)}, [&] {
         const std::string temporary = temporary_name(name, context.save_id);
         if (layout_ == nullptr) made_.push_back(temporary);
-        const auto file = open_output(file_system_, join_path(directory_, temporary), options_.consolidate);
+        const auto file = open_output(file_system_, join_path(directory_, temporary),
+                                      options_.consolidate && !file_system_.publishes_on_close());
         if (!job.head.empty()) file->write(0, job.head);
         // What is written lies in [begin, end) of the file, perhaps among parts of other ranks.
         uint64_t begin = job.head.empty() ? std::numeric_limits<uint64_t>::max() : 0;

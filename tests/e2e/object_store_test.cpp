@@ -11,6 +11,7 @@
 #include "reshard/fsdp/fully_sharded_data_parallel.h"
 #include "reshard/fsdp/optimizer_state.h"
 #include "reshard/testing/torch_distributed_test.h"
+#include "support/run_python.h"
 #include "support/s3_server.h"
 
 namespace reshard {
@@ -81,6 +82,48 @@ RESHARD_DISTRIBUTED_TEST(ObjectStoreTest, ShardedModelAndOptimizerComeBack, .ran
     EXPECT_EQ(error.code(), ErrorCode::kAlreadyExists) << error.what();
     EXPECT_THAT(error.what(), testing::HasSubstr(other));
   }
+  group->barrier();  // the server ends with rank 0
+}
+
+/// All objects or files of one place into another.
+void copy_all(FileSystem& from, const std::string& source, FileSystem& to, const std::string& target) {
+  to.create_directories(target);
+  for (const std::string& name : from.list(source)) {
+    const Bytes bytes = from.read_file(source + "/" + name, 1 << 30);
+    const auto file = to.create(target + "/" + name, CreateMode::kExclusive);
+    file->write(0, bytes);
+    file->close();
+  }
+}
+
+RESHARD_DISTRIBUTED_TEST(ObjectStoreTest, PyTorchReadsWhatIsDownloadedAndIsReadWhereItIsUploaded, .ranks = 2) {
+  const auto group = process_group();
+  std::string missing;
+  const S3Options options = options_on(*group, missing);
+  if (!missing.empty()) GTEST_SKIP() << missing;
+  S3FileSystem s3(options);
+  const std::string url = "s3://bucket/both/ours";
+  const at::Tensor whole = at::arange(300'000, at::kFloat).view({1000, 300});
+  const auto rows_of = [&](const at::Tensor& tensor) {
+    const Box box = split_evenly(whole_box({1000, 300}), 0, 2, rank());
+    return ShardedTensor({1000, 300}, at::kFloat, {{box, tensor.narrow(0, box.offsets[0], box.sizes[0]).clone()}});
+  };
+  const StateDict state{{"rows", rows_of(whole)}, {"half", at::arange(7).to(at::kBFloat16) / 4}, {"step", 12}};
+  save(state, FileSystemWriter(url, {}, s3));
+
+  const std::string theirs = "s3://bucket/both/theirs";
+  if (rank() == 0) {
+    const std::string directory = temp_dir().string();
+    copy_all(s3, url, local_file_system(), directory + "/theirs");
+    expect_python_succeeds("object_store_peer.py '" + directory + "'");
+    copy_all(local_file_system(), directory + "/ours", s3, theirs);
+  }
+  group->barrier();
+  StateDict target{{"rows", rows_of(at::zeros_like(whole))}, {"half", at::zeros({7}, at::kBFloat16)}, {"step", 0}};
+  load(target, FileSystemReader(theirs, {.thread_count = 2}, s3));
+  EXPECT_TRUE(target.at("rows").as<ShardedTensor>().shards()[0].tensor.equal(rows_of(whole + 1).shards()[0].tensor));
+  EXPECT_TRUE(target.at("half").as<at::Tensor>().equal(at::arange(7).to(at::kBFloat16) / 4));
+  EXPECT_EQ(target.at("step").as<int64_t>(), 13);
   group->barrier();  // the server ends with rank 0
 }
 

@@ -6,8 +6,10 @@
 #include <gtest/gtest.h>
 
 #include <mutex>
+#include <thread>
 
 #include "cli/run_cli.h"
+#include "reshard/storage/checkpoint_manager.h"
 #include "storage/checkpoint_runs.h"
 #include "storage/generations.h"
 #include "support/expect_error.h"
@@ -88,6 +90,10 @@ class S3FaultTest : public testing::Test {
     server_.tell("clear");
     faults_ += hits;
     return hits > 0;
+  }
+  bool has_logged(const char* text) {
+    const std::lock_guard lock(mutex_);
+    return log_.find(text) != std::string::npos;
   }
   std::vector<std::string> names() { return S3FileSystem(server_.options()).list(directory_); }
 
@@ -374,8 +380,6 @@ TEST_F(S3FaultTest, ListsOfManyPagesAreWhole) {
 
 TEST_F(S3FaultTest, WhatAnObjectStoreCannotDoIsRefusedByName) {
   S3FileSystem s3(server_.options());
-  EXPECT_ERROR(ErrorCode::kUnsupported, "cannot be renamed", s3.rename(directory_ + "/a", directory_ + "/b"));
-  EXPECT_ERROR(ErrorCode::kUnsupported, "no locks", s3.try_lock(directory_ + "/lock", "me"));
   EXPECT_ERROR(ErrorCode::kUnsupported, "several processes", s3.create(directory_ + "/a", CreateMode::kExisting));
   EXPECT_ERROR(ErrorCode::kUnsupported, "wanted offset 0, found 3",
                s3.create(directory_ + "/a", CreateMode::kTruncate)->write(3, as_bytes("x")));
@@ -399,6 +403,178 @@ TEST_F(S3FaultTest, WrongCredentialsAndDeadHostsAreNamedWithoutSecrets) {
   options = server_.options();
   options.endpoint = "http://127.0.0.1:1";
   EXPECT_ERROR(ErrorCode::kUnavailable, "4 attempts failed, the last one: ", S3FileSystem(options).list(directory_));
+}
+
+// --- locks
+// -----------------------------------------------------------------------------------------------------------------
+
+S3Options with_short_lease() {
+  S3Options options = S3Server::instance().options();
+  options.lock_lease = milliseconds(1500);
+  return options;
+}
+
+/// Asks until somebody gets the lock: the store's clock alone ends a lease.
+std::unique_ptr<FileLock> take(S3FileSystem& s3, const std::string& path) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  for (;;) {
+    if (auto lock = s3.try_lock(path, "another")) return lock;
+    if (std::chrono::steady_clock::now() > end) throw std::runtime_error("the lock is never free");
+    std::this_thread::sleep_for(milliseconds(50));
+  }
+}
+
+TEST_F(S3FaultTest, ALockIsHeldForAsLongAsItsHolderLives) {
+  S3FileSystem s3(with_short_lease());
+  const std::string path = directory_ + "/lock";
+  auto lock = s3.try_lock(path, "me");
+  ASSERT_NE(lock, nullptr);
+  // Renewed until its lease would have ended twice.
+  bool renewed = false;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (!renewed && std::chrono::steady_clock::now() < end) {
+    EXPECT_EQ(s3.try_lock(path, "another"), nullptr);
+    try {
+      renewed = as_text(s3.read_file(path, 100)) == "me, renewed 6 times";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kFailedPrecondition) << error.what();  // renewed while it was read
+    }
+  }
+  EXPECT_TRUE(renewed);
+  EXPECT_TRUE(lock->is_held());
+  lock.reset();
+  EXPECT_EQ(s3.status(path), std::nullopt);
+  EXPECT_NE(s3.try_lock(path, "another"), nullptr);
+}
+
+TEST_F(S3FaultTest, ALockOfAKilledProcessIsTakenWhenItsLeaseHasEnded) {
+  const std::string path = directory_ + "/lock";
+  const pid_t child = ::fork();
+  if (child == 0) {
+    S3FileSystem s3(with_short_lease());
+    const auto lock = s3.try_lock(path, "the dead");
+    ::kill(::getpid(), SIGKILL);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+  S3FileSystem s3(with_short_lease());
+  EXPECT_EQ(as_text(s3.read_file(path, 100)), "the dead");
+  EXPECT_EQ(s3.try_lock(path, "another"), nullptr);
+  const auto lock = take(s3, path);
+  EXPECT_TRUE(lock->is_held());
+  EXPECT_THAT(std::string(as_text(s3.read_file(path, 100))), testing::StartsWith("another"));
+}
+
+TEST_F(S3FaultTest, ALockThatCannotBeRenewedIsNotHeldUntilItCan) {
+  S3FileSystem s3(with_short_lease());
+  const auto lock = s3.try_lock(directory_ + "/lock", "me");
+  const auto wait_until = [&](bool held) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    while (lock->is_held() != held && std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(milliseconds(20));
+    }
+    return lock->is_held() == held;
+  };
+  server_.fault("refuse", 1, S3Server::kForever);
+  EXPECT_TRUE(wait_until(false));
+  server_.tell("clear");
+  EXPECT_TRUE(wait_until(true)) << "nobody has taken it meanwhile";
+  // Where somebody has, it does not come back.
+  replace_file_atomically(s3, directory_, "lock", as_bytes("somebody else"));
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (!has_logged("is lost: another has taken it") && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+  EXPECT_TRUE(has_logged("is lost: another has taken it"));
+  EXPECT_FALSE(lock->is_held());
+  EXPECT_EQ(as_text(s3.read_file(directory_ + "/lock", 100)), "somebody else");
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "no lock of this library", s3.try_lock(directory_ + "/lock", "me"));
+}
+
+TEST_F(S3FaultTest, AManagerWithoutItsLockRemovesNothing) {
+  const std::string root = directory_ + "/run";
+  S3FileSystem s3(with_short_lease());
+  CheckpointManager manager(root, {.keep_last = 1}, s3);
+  for (const int64_t step : {1, 2}) save_checkpoint(step_directory(root, step), generation(1, 1), {}, s3);
+  s3.remove(root + "/.reshard-lock");  // as if another job had taken it, and ended
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  std::string text;
+  while (text.empty() && std::chrono::steady_clock::now() < end) {
+    try {
+      EXPECT_EQ(manager.resume(), 2);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kFailedPrecondition);
+      text = error.what();
+    }
+  }
+  EXPECT_THAT(text, HasSubstr("another job may write"));
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, root, manager.saved(2));
+  EXPECT_THAT(manager.steps(), testing::ElementsAre(1, 2));
+}
+
+TEST_F(S3FaultTest, OneFaultThatPassesIsNotNoticedByLocksAndRenames) {
+  for (const char* kind : kTransient) {
+    for (int nth = 1; nth < 50; ++nth) {
+      S3Options options = server_.options();
+      options.copy_bytes = 5 << 20;
+      S3FileSystem s3(options);
+      const std::string prefix = directory_ + "/" + kind + std::to_string(nth);
+      const std::string content(nth % 2 == 0 ? 11 << 20 : 100, 'x');
+      const auto file = s3.create(prefix + "/from", CreateMode::kExclusive);
+      file->write(0, as_bytes(content));
+      file->close();
+      const bool hit = with_fault(kind, nth, 1, [&] {
+        auto lock = s3.try_lock(prefix + "/lock", "me");
+        ASSERT_NE(lock, nullptr);
+        EXPECT_EQ(s3.try_lock(prefix + "/lock", "another"), nullptr);
+        s3.rename(prefix + "/from", prefix + "/to");
+        lock.reset();
+      });
+      SCOPED_TRACE(std::string(kind) + " at " + std::to_string(nth) + ": " + what_);
+      EXPECT_EQ(s3.list(prefix), (std::vector<std::string>{"to"}));
+      EXPECT_TRUE(as_text(s3.read_file(prefix + "/to", 1 << 30)) == content);
+      ASSERT_EQ(server_.parts(), parts_);
+      if (!hit) break;
+    }
+  }
+}
+
+// --- TLS
+// -------------------------------------------------------------------------------------------------------------------
+
+TEST_F(S3FaultTest, CertificatesAreChecked) {
+  const TemporaryDirectory directory;
+  S3Server secure(directory / "server");
+  ASSERT_EQ(secure.missing(), "");
+  const auto number = [&](const S3Options& options) {
+    S3FileSystem s3(options);
+    const std::string place = secure.new_prefix();
+    save_checkpoint(place, generation(3, 2), {}, s3);
+    return loaded_generation(place, s3);
+  };
+  // Nobody vouches for it; that is said at once.
+  const auto refused = [&](const S3Options& options) {
+    try {
+      S3FileSystem(options).list("s3://bucket/x");
+      ADD_FAILURE() << "trusted " << options.endpoint;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kIo) << error.what();
+      EXPECT_THAT(error.what(), AnyOf(HasSubstr("certificate"), HasSubstr("SSL")));
+    }
+  };
+  refused(secure.options());
+  ::setenv("AWS_CA_BUNDLE", (directory / "server.crt").c_str(), 1);
+  EXPECT_EQ(number(secure.options()), 3);
+  S3Options elsewhere = secure.options();
+  elsewhere.endpoint = "https://127.0.0.1:" + secure.port();  // another name than the certificate's
+  refused(elsewhere);
+  ::setenv("AWS_CA_BUNDLE", (directory / "none.crt").c_str(), 1);
+  refused(secure.options());
+  ::unsetenv("AWS_CA_BUNDLE");
+  S3Options plain = secure.options();
+  plain.endpoint = "http://localhost:" + secure.port();
+  EXPECT_THROW(S3FileSystem(plain).list("s3://bucket/x"), Error);
 }
 
 // --- the command line

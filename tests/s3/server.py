@@ -9,6 +9,8 @@
     uploads                  uploads that are neither complete nor aborted
     parts                    parts that were sent for those
 
+With an argument it speaks TLS, for the name localhost; its certificate is then in ARGUMENT.crt.
+
 Ends with its stdin. Kinds: slow_down, internal_error, late_error (after 200), refuse (before anything is done; the answer echoes the headers); reset_before, reset_after (the
 connection, before or after the request took effect), truncate (half of the answer), wrong_etag, wrong_range, stall (takes
 effect, no answer for as long as the client waits), stall_before.
@@ -35,7 +37,7 @@ try:
 except ImportError as error:
     print(error)
     sys.exit(1)
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import WSGIRequestHandler, make_server, make_ssl_devcert
 
 logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
 
@@ -172,7 +174,8 @@ class Handler(WSGIRequestHandler):
         self.connection_rfile = self.rfile
 
 
-server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True, request_handler=Handler)
+server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True, request_handler=Handler,
+                     ssl_context=make_ssl_devcert(sys.argv[1], cn="localhost") if len(sys.argv) > 1 else None)
 server.daemon_threads = True
 threading.Thread(target=server.serve_forever, daemon=True).start()
 s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket("bucket", "us-east-1")

@@ -2,6 +2,7 @@
 // One suite over every kind of storage: what a checkpoint promises does not depend on where it is.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <functional>
@@ -13,6 +14,7 @@
 #include "reshard/storage/verify.h"
 #include "storage/checkpoint_runs.h"
 #include "storage/generations.h"
+#include "storage/hugging_face_runs.h"
 #include "support/expect_error.h"
 #include "support/memory_file_system.h"
 #include "support/temporary_directory.h"
@@ -40,6 +42,7 @@ struct Kind {
   size_t ranks;  // that may use it at the same time
   std::function<Place()> make;
   std::string (*missing)() = [] { return std::string(); };
+  bool locks = true;
 };
 
 void PrintTo(const Kind& kind, std::ostream* out) { *out << kind.name; }
@@ -61,11 +64,13 @@ std::vector<Kind> kinds() {
   const auto s3 = [](bool conditional) {
     S3Options options = S3Server::instance().options();
     options.conditional_writes = conditional;
+    options.copy_bytes = 5 << 20;
     const auto files = std::make_shared<S3FileSystem>(options);
     return Place{S3Server::instance().new_prefix(), files.get(), files};
   };
   all.push_back({"S3", 2, [s3] { return s3(true); }, [] { return S3Server::instance().missing(); }});
-  all.push_back({"S3WithoutConditions", 2, [s3] { return s3(false); }, [] { return S3Server::instance().missing(); }});
+  all.push_back(
+      {"S3WithoutConditions", 2, [s3] { return s3(false); }, [] { return S3Server::instance().missing(); }, false});
 #endif
   return all;
 }
@@ -155,6 +160,88 @@ TEST_P(StorageConformanceTest, SeveralFilesARank) {
   EXPECT_EQ(loaded(), 3);
   save(4, {.single_file_per_rank = false});
   EXPECT_EQ(loaded(), 4);
+}
+
+TEST_P(StorageConformanceTest, SeveralThreadsReadWhatOneReads) {
+  std::vector<StateEntry> entries;
+  for (int i = 0; i < 6; ++i) entries.push_back(replica_entry("large" + std::to_string(i), {500'000}));
+  for (int i = 0; i < 50; ++i) entries.push_back(replica_entry("small" + std::to_string(i), {100}));
+  save_checkpoint(directory_, states<MemorySaveState>({entries}), {}, files());
+  auto target = states<MemoryLoadState>({entries});
+  load_checkpoint(directory_, target, {.thread_count = 3}, files());
+  EXPECT_EQ(first_difference(target), "");
+}
+
+TEST_P(StorageConformanceTest, SafetensorsAreSavedConsolidatedAndExported) {
+  const Dims size{40, 3};
+  const auto parts = split(size, 0, static_cast<int64_t>(ranks()));
+  const auto source = sharded<MemorySaveState>("w", size, parts);
+  const std::string shards = place_.root + "/shards";
+  save_safetensors(shards, source, {.consolidate = false}, files());
+  const auto expect_in = [&](const std::string& directory) {
+    auto target = sharded<MemoryLoadState>("w", size, split(size, 1, static_cast<int64_t>(ranks())));
+    load_safetensors(directory, target, {}, files());
+    EXPECT_EQ(first_difference(target), "") << directory;
+    for (const std::string& name : files().list(directory)) EXPECT_THAT(name, Not(HasSubstr(".tmp-")));
+  };
+  expect_in(shards);
+  EXPECT_ERROR(ErrorCode::kAlreadyExists, shards, save_safetensors(shards, source, {.consolidate = false}, files()));
+  const std::string whole = place_.root + "/whole";
+  consolidate_safetensors_files(shards, whole, {}, files());
+  expect_in(whole);
+
+  const std::string together = place_.root + "/together";
+  if (files().publishes_on_close() && ranks() > 1) {
+    EXPECT_ERROR(ErrorCode::kUnsupported, "consolidate = false", save_safetensors(together, source, {}, files()));
+    EXPECT_THAT(files().list(together), IsEmpty());
+  } else {
+    save_safetensors(together, source, {}, files());
+    expect_in(together);
+  }
+  // One rank, and tensors whose order is not that of the state dict.
+  const auto alone = states<MemorySaveState>(
+      {{replica_entry("b", {5}), replica_entry("a", {7}), replica_entry("c", {2'000'000}, DType::kFloat64)}});
+  const std::string one = place_.root + "/one";
+  save_safetensors(one, alone, {}, files());
+  auto target = states<MemoryLoadState>({alone[0].entries()});
+  load_safetensors(one, target, {}, files());
+  EXPECT_EQ(first_difference(target), "");
+}
+
+TEST_P(StorageConformanceTest, AManagerKeepsTheLastStepsAndIsAlone) {
+  const std::string root = place_.root + "/run";
+  const auto save_step = [&](int64_t step) {
+    save_checkpoint(step_directory(root, step), generation(static_cast<int>(step), ranks()), {}, files());
+  };
+  if (!GetParam().locks) {
+    EXPECT_ERROR(ErrorCode::kUnsupported, root, CheckpointManager(root, {}, files()));
+    return;
+  }
+  {
+    CheckpointManager manager(root, {.keep_last = 2}, files());
+    EXPECT_EQ(manager.resume(), std::nullopt);
+    for (const int64_t step : {1, 2, 10}) {
+      save_step(step);
+      manager.saved(step);
+    }
+    EXPECT_THAT(manager.steps(), testing::ElementsAre(2, 10));
+    EXPECT_THAT(files().list(root), Not(Contains("step-1")));
+    EXPECT_ERROR(ErrorCode::kFailedPrecondition, "process " + std::to_string(::getpid()) + " on host",
+                 CheckpointManager(root, {}, files()));
+    EXPECT_ERROR(ErrorCode::kFailedPrecondition, "the step was not saved", manager.saved(11));
+  }
+  set_test_point_handler([](std::string_view name) {
+    if (name == "commit.before_write") throw Error(ErrorCode::kIo, "injected");
+  });
+  EXPECT_THROW(save_step(20), CheckpointError);
+  set_test_point_handler(nullptr);
+  const auto stray = files().create(step_directory(root, 20) + "/__0_0.distcp", CreateMode::kExclusive);
+  stray->write(0, as_bytes("of a save that was killed"));
+  stray->close();
+  CheckpointManager next(root, {}, files());
+  EXPECT_EQ(next.resume(), 10);
+  EXPECT_THAT(files().list(root), Not(Contains("step-20")));
+  EXPECT_EQ(loaded_generation(step_directory(root, 10), files()), 10);
 }
 
 TEST_P(StorageConformanceTest, SavingAgainLeavesTheNewOneAlone) {
@@ -351,6 +438,17 @@ TEST_P(StorageConformanceTest, ExclusiveCreateRefusesWhatExists) {
   EXPECT_ERROR(ErrorCode::kAlreadyExists, directory_ + "/f", write("two"));
   EXPECT_ERROR(ErrorCode::kAlreadyExists, directory_ + "/f", write(std::string(6 << 20, 'x')));
   EXPECT_EQ(as_text(content("f")), "one");
+}
+
+TEST_P(StorageConformanceTest, ARenameMovesTheWholeContent) {
+  files().create_directories(directory_);
+  for (const std::string& text : {std::string("one"), std::string(), std::string(11 << 20, 'x')}) {
+    replace("from a+b%c", as_bytes(text));
+    files().rename(directory_ + "/from a+b%c", directory_ + "/to");
+    EXPECT_TRUE(as_text(content("to")) == text);
+    EXPECT_THAT(files().list(directory_), testing::ElementsAre("to"));
+  }
+  EXPECT_ERROR(ErrorCode::kNotFound, directory_ + "/none", files().rename(directory_ + "/none", directory_ + "/to"));
 }
 
 TEST_P(StorageConformanceTest, ReplacementIsWholeAndTellsHowFarItCame) {

@@ -26,7 +26,11 @@ class MemoryFileSystem final : public FileSystem {
   std::unique_ptr<WritableFile> create(const std::string& path, CreateMode mode) override {
     if (!directories_.contains(parent_of(path))) throw os_error(ENOENT, "create", path);
     if (mode == CreateMode::kExclusive && files_.contains(path)) throw os_error(EEXIST, "create", path);
-    if (mode == CreateMode::kExisting) throw os_error(ENOTSUP, "open for writing", path);  // no job here needs it
+    if (mode == CreateMode::kExisting) {
+      const auto found = files_.find(path);
+      if (found == files_.end()) throw os_error(ENOENT, "open for writing", path);
+      return std::make_unique<Writer>(found->second);
+    }
     return std::make_unique<Writer>(files_[path] = std::make_shared<Bytes>());
   }
   std::unique_ptr<RandomAccessFile> open(const std::string& path) override {
@@ -71,11 +75,23 @@ class MemoryFileSystem final : public FileSystem {
     if (found == files_.end()) return std::nullopt;
     return FileStatus{FileKind::kRegular, found->second->size()};
   }
-  std::unique_ptr<FileLock> try_lock(const std::string&, std::string_view) override {
-    return std::make_unique<FileLock>();
+  std::unique_ptr<FileLock> try_lock(const std::string& path, std::string_view holder) override {
+    if (!locks_.insert(path).second) return nullptr;
+    create(path, CreateMode::kTruncate)->write(0, as_bytes(holder));
+    return std::make_unique<Lock>(locks_, path);
   }
 
  private:
+  class Lock final : public FileLock {
+   public:
+    Lock(std::set<std::string>& locks, std::string path) : locks_(locks), path_(std::move(path)) {}
+    ~Lock() override { locks_.erase(path_); }
+
+   private:
+    std::set<std::string>& locks_;
+    const std::string path_;
+  };
+
   static std::string parent_of(const std::string& path) { return path.substr(0, path.rfind('/')); }
 
   class Reader final : public RandomAccessFile {
@@ -117,6 +133,7 @@ class MemoryFileSystem final : public FileSystem {
 
   std::map<std::string, File> files_;
   std::set<std::string> directories_;
+  std::set<std::string> locks_;
 };
 
 }  // namespace reshard

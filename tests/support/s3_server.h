@@ -27,6 +27,8 @@ class S3Server {
     static S3Server server;
     return server;
   }
+  /// One more, over TLS for the name localhost; its certificate is put into `certificate`.crt.
+  explicit S3Server(const std::string& certificate) : certificate_(certificate) { start(); }
   ~S3Server() {
     if (to_ != -1) ::close(to_);
     if (from_ != -1) ::close(from_);
@@ -37,7 +39,8 @@ class S3Server {
 
   /// Why there is none; empty if there is.
   const std::string& missing() const { return missing_; }
-  std::string endpoint() const { return "http://127.0.0.1:" + port_; }
+  std::string endpoint() const { return (certificate_.empty() ? "http://127.0.0.1:" : "https://localhost:") + port_; }
+  const std::string& port() const { return port_; }
 
   /// Short waits, and credentials that a text can be searched for.
   S3Options options() const {
@@ -82,7 +85,8 @@ class S3Server {
   int parts() { return std::stoi(tell("parts")); }
 
  private:
-  S3Server() {
+  S3Server() { start(); }
+  void start() {
     if (!std::filesystem::exists(RESHARD_PYTHON)) {
       missing_ = "there is no " RESHARD_PYTHON;
       return;
@@ -95,7 +99,8 @@ class S3Server {
     if (pid_ == 0) {
       ::dup2(in[0], 0);
       ::dup2(out[1], 1);
-      ::execl(RESHARD_PYTHON, RESHARD_PYTHON, RESHARD_S3_SERVER, static_cast<char*>(nullptr));
+      ::execl(RESHARD_PYTHON, RESHARD_PYTHON, RESHARD_S3_SERVER, certificate_.empty() ? nullptr : certificate_.c_str(),
+              static_cast<char*>(nullptr));
       ::_exit(127);
     }
     ::close(in[0]);
@@ -117,6 +122,7 @@ class S3Server {
     }
   }
 
+  const std::string certificate_;
   pid_t pid_ = -1;
   int to_ = -1;
   int from_ = -1;

@@ -74,6 +74,9 @@ class WritableFile {
 class FileLock {
  public:
   virtual ~FileLock() = default;
+  /// False once another may have taken it: only of a store without locks, where its place is taken by a lease that is
+  /// renewed, and that could not be renewed in time. Thread-safe.
+  virtual bool is_held() const { return true; }
 };
 
 enum class FileKind : uint8_t { kRegular, kDirectory, kSymlink, kOther };
@@ -146,7 +149,7 @@ class FileSystem {
   /// without locks is kUnsupported.
   virtual std::unique_ptr<FileLock> try_lock(const std::string& path, std::string_view holder) = 0;
 
-  /// True of stores without rename(), where a file appears under its name, whole, durably and replacing what was there, when
+  /// True of stores where rename() copies, and a file appears under its name, whole, durably and replacing what was there, when
   /// close() returns. A close() that throws kUnavailable may have done that or may yet do it; one that throws anything else
   /// never will. Other processes and crashes see nothing of a file before.
   virtual bool publishes_on_close() const { return false; }

@@ -7,9 +7,9 @@
 //   save(state, FileSystemWriter("s3://bucket/run/step-100", {}, s3));
 //   load(state, FileSystemReader("s3://bucket/run/step-100", {}, s3));
 //
-// Objects have no names to change, so there is no rename: each appears whole, when its file is closed
-// (publishes_on_close()), and a save commits by publishing `.metadata` last. Directories are prefixes; one without objects
-// is an empty directory. Links and locks do not exist.
+// Each object appears whole, when its file is closed (publishes_on_close()), and a save commits by publishing `.metadata`
+// last. A rename is a copy on the server's side, then a removal. Directories are prefixes; one without objects is an empty
+// directory. There are no links. A lock is a lease: an object that its holder renews; it ends some time after its holder.
 //
 // Every failure names "s3://bucket/key"; no error and no log line holds a credential. Codes: kNotFound, kAlreadyExists,
 // kFailedPrecondition (an object changed while it was read), kCorruptData (an answer that breaks the protocol), kIo (the
@@ -63,6 +63,10 @@ struct S3Options {
   /// Of one attempt, and of all attempts for one thing together.
   std::chrono::milliseconds attempt_timeout{60'000};
   std::chrono::milliseconds deadline{180'000};
+  /// Objects of more bytes are copied in parts of so many: 5 MiB to 5 GiB.
+  uint64_t copy_bytes = 512 << 20;
+  /// A lock is another's to take so long after its holder last renewed it, which it does three times as often.
+  std::chrono::milliseconds lock_lease{60'000};
   /// A new data object never replaces one (If-None-Match). Off, for stores that refuse conditions: looks first.
   bool conditional_writes = true;
 };

@@ -15,7 +15,9 @@
 // One writer at a time: the manager holds a lock on `root/.reshard-lock`. It ends with its process, so nothing has to be
 // taken away after a crash. Jobs on several hosts exclude one another where the file system's flock() does: local file
 // systems, NFS with a lock service, Lustre mounted with `flock`. A process forked from rank 0 shares the lock and keeps
-// it until it ends, too. Readers take no lock.
+// it until it ends, too. Readers take no lock. In an object store the lock is a lease (S3Options::lock_lease), which a job that
+// follows a killed one waits for; a manager that could not renew it in time refuses to remove anything
+// (kFailedPrecondition).
 //
 // Start a job anew only after all ranks of the former one have ended: the lock tells of rank 0 alone.
 
@@ -68,6 +70,7 @@ class CheckpointManager {
   void saved(int64_t step);
 
  private:
+  void require_lock() const;
   void remove_files(const std::string& directory);
   bool is_gone(const std::string& directory) const noexcept;
 

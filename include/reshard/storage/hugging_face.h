@@ -31,7 +31,8 @@ using FqnToIndexMapping = std::map<std::string, int64_t>;
 struct HuggingFaceWriterOptions {
   /// True: whole tensors in `model-<i>-of-<n>.safetensors` with an index, which every program that knows the format
   /// reads. All ranks write into the same files at once, each its parts, so that there is no second pass; the file
-  /// system must be one that all ranks share and that keeps what different hosts write to different bytes of a file.
+  /// system must be one that all ranks share and that keeps what different hosts write to different bytes of a file (in
+  /// an object store: one rank, or kUnsupported).
   /// False: files of its own for each rank, with DCP_SHARDING_INFO, as PyTorch's HuggingFaceStorageWriter writes with
   /// save_distributed, and a list of them.
   bool consolidate = true;
