@@ -11,14 +11,18 @@
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
 #include <atomic>
+#include <condition_variable>
 #include <csignal>
 #include <future>
+#include <mutex>
+#include <thread>
 
 #include "dtensor/layouts.h"
 #include "fsdp/test_model.h"
 #include "reshard/checkpoint/async_save.h"
 #include "reshard/checkpoint/checkpoint.h"
 #include "reshard/fsdp/optimizer_state.h"
+#include "reshard/planner/default_planner.h"
 #include "reshard/testing/torch_distributed_test.h"
 #include "support/temporary_directory.h"
 
@@ -171,7 +175,21 @@ TEST_F(MappedDeviceTest, ReaderThreadsWaitForWhatTheCallerHasBegun) {
     t.copy_(before, /*non_blocking=*/true);  // happens when somebody waits for the side stream
     target[key] = t;
   }
-  load(target, FileSystemReader(directory.path(), {.thread_count = 3}));
+  // The caller's own thread comes last: what it copies would wait for the side stream, and so for all of it.
+  std::mutex mutex;
+  std::condition_variable others_came;
+  size_t others = 0;
+  DefaultLoadPlanner planner(
+      {.transform = [&, caller = std::this_thread::get_id()](const std::string&, const Box&, const MutableTensorView&) {
+        std::unique_lock lock(mutex);
+        if (std::this_thread::get_id() != caller) {
+          ++others;
+          others_came.notify_all();
+        } else {
+          EXPECT_TRUE(others_came.wait_for(lock, std::chrono::seconds(60), [&] { return others == 5; }));
+        }
+      }});
+  load(target, FileSystemReader(directory.path(), {.thread_count = 3}), {.planner = &planner});
   impl.synchronizeStream(impl.getStream(kDevice));
   for (const auto& [key, value] : state.items()) {
     EXPECT_TRUE(target.at(key).as<at::Tensor>().cpu().equal(value.as<at::Tensor>())) << key;
