@@ -7,6 +7,7 @@
 // All ranks get the same commands. Element k of tensor t is k + t as float32, so that a load can be checked, also of
 // what PyTorch saved (benchmarks/peer.py makes the same tensors).
 #include <fcntl.h>
+#include <malloc.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -246,6 +247,7 @@ class Worker {
   Json train(const Json& command) {
     const int64_t width = command.at("width");
     group_->barrier();
+    ::malloc_trim(0);  // what earlier trainings left behind would hide what this one takes
     const Meter whole;
     reshard::FullyShardedDataParallel<Net> model(
         Net(command.at("layers").get<int64_t>(), width),
