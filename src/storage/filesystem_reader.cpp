@@ -25,10 +25,11 @@
 namespace reshard {
 namespace {
 
-constexpr uint64_t kPackedItem = 64 << 10;   // longest item that is read packed
-constexpr uint64_t kPackedRead = 4 << 20;    // most bytes, and
-constexpr uint64_t kPackedGap = 4 << 10;     // longest gap of a packed read
-constexpr uint64_t kDecodedBlock = 1 << 20;  // elements decoded at a time
+constexpr uint64_t kPackedItem = 64 << 10;  // longest item that is read packed
+constexpr uint64_t kPackedRead = 1 << 20;   // most bytes, where the core's cache shall keep them until they are parsed,
+constexpr uint64_t kFarPackedRead = 4 << 20;  // and where fewer calls count for more; and
+constexpr uint64_t kPackedGap = 4 << 10;      // longest gap of a packed read
+constexpr uint64_t kDecodedBlock = 1 << 20;   // elements decoded at a time
 
 /// The item's bytes in its file.
 class FileSource final : public ByteSource {
@@ -94,6 +95,7 @@ class FileLoad {
         counters_(counters),
         partly_read_(partly_read),
         values_(values),
+        packed_read_(std::clamp(file_.preferred_read_bytes(), kPackedRead, kFarPackedRead)),
         on_read_(std::move(on_read)) {}
 
   /// `items` in order of offset.
@@ -144,7 +146,7 @@ class FileLoad {
     size_t count = 1;
     for (; count < items.size() && is_packable(items[count]); ++count) {
       const StorageInfo& place = *items[count].place;
-      if (place.offset < end || place.offset - end > kPackedGap || place.offset + place.length - begin > kPackedRead) {
+      if (place.offset < end || place.offset - end > kPackedGap || place.offset + place.length - begin > packed_read_) {
         break;
       }
       end = place.offset + place.length;
@@ -327,6 +329,7 @@ class FileLoad {
   ReadCounters& counters_;
   PartlyRead& partly_read_;
   std::mutex& values_;  // held while the planner takes one
+  const uint64_t packed_read_;
   std::function<void(uint64_t)> on_read_;
   ArchiveFrames frames_{TensorArchiveOptions{}.alignment};
   Bytes packed_;
