@@ -352,6 +352,44 @@ TEST_F(QuantizedHuggingFaceReaderTest, TensorsThatCannotBeDequantized) {
   expect_refused("groups without values");
 }
 
+// The catalogue comes from rank 0, and may be of another directory or version.
+TEST_F(QuantizedHuggingFaceReaderTest, CataloguesThatDoNotSayHow) {
+  put("model.safetensors", {filled("w", DType::kFloat32, {8, 8}, of_floats(std::vector<float>(64, 2))),
+                            filled("w_scale_inv", DType::kFloat32, {2, 2}, of_floats({1, 2, 3, 4}))});
+  const auto expect = [&](ErrorCode code, const std::string& text, const std::function<void(Metadata&)>& change) {
+    QuantizedHuggingFaceStorageReader reader(directory_.path(), {.block_size = 4});
+    Metadata metadata = reader.read_metadata();
+    MemoryLoadState state({replica_entry("w", {8, 8})});
+    DefaultLoadPlanner planner;
+    planner.set_up_planner(state, metadata, true);
+    const LoadPlan plan = planner.create_local_plan();
+    EXPECT_ERROR(ErrorCode::kFailedPrecondition, "before set_up_storage_reader", reader.read_data(plan, planner, {}));
+    change(metadata);
+    reader.set_up_storage_reader(metadata);
+    EXPECT_ERROR(code, text, reader.read_data(plan, planner, {}));
+  };
+  const auto with_size = [](const std::string& fqn, const Dims& size) {
+    return [=](Metadata& metadata) {
+      auto& tensor = std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find(fqn));
+      tensor.size = size;
+      tensor.chunks = {whole_box(size)};
+    };
+  };
+  const char* unknown = "does not say how a tensor is quantized; key w";
+  expect(ErrorCode::kCorruptData, unknown, [](Metadata& metadata) {
+    metadata.storage_data.find({"w", Dims{0, 0}, {}})->transform_descriptors = {"reshard.dequantize.block/no_dtype"};
+  });
+  expect(ErrorCode::kCorruptData, unknown, with_size("w_scale_inv", {4}));
+  expect(ErrorCode::kCorruptData, unknown, with_size("w_scale_inv", {2, 1}));
+  expect(ErrorCode::kInternal, "outside its stored chunk; key w", with_size("w", {4, 4}));
+  expect(ErrorCode::kCorruptData, "the catalogue lacks a tensor; key w_scale_inv",
+         [](Metadata& metadata) { *metadata.state_dict_metadata.find("w_scale_inv") = BytesStorageMetadata{}; });
+  expect(ErrorCode::kUnsupported, "in several chunks; key w_scale_inv", [](Metadata& metadata) {
+    auto& tensor = std::get<TensorStorageMetadata>(*metadata.state_dict_metadata.find("w_scale_inv"));
+    tensor.chunks.push_back(tensor.chunks[0]);
+  });
+}
+
 TEST_F(QuantizedHuggingFaceReaderTest, TensorsInSeveralChunks) {
   for (const int64_t row : {0, 2}) {
     write_bytes(directory_ / ("shard" + std::to_string(row) + ".safetensors"),

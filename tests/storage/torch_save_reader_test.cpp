@@ -38,6 +38,36 @@ class TorchSaveReaderTest : public testing::Test {
   ReadCounters counters_;
 };
 
+TEST_F(TorchSaveReaderTest, PlansAndCataloguesOfAnotherFileAreRefused) {
+  TorchFile file;
+  const size_t s = file.storage(counting(24));
+  write(file, file.dict({{"t", file.view(s, 0, {4, 6}, {6, 1})}, {"step", Tree::boolean(true)}}));
+  TorchSaveReader reader(path_);
+  MemoryLoadState state({replica_entry("t", {4, 6})});
+  DefaultLoadPlanner planner;
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "before set_up_storage_reader", reader.read_data({}, planner, {}));
+  Metadata metadata = reader.read_metadata();
+  planner.set_up_planner(state, metadata, true);
+  reader.set_up_storage_reader(metadata);
+  const auto expect = [&](const char* text, const std::function<void(ReadItem&)>& change) {
+    LoadPlan plan = planner.create_local_plan();
+    change(plan.items.at(0));
+    EXPECT_ERROR(ErrorCode::kInternal, text, reader.read_data(plan, planner, {}));
+  };
+  expect("what the file does not hold; key u", [](ReadItem& item) { item.storage_index.fqn = "u"; });
+  expect("what the file does not hold; key step", [](ReadItem& item) { item.storage_index.fqn = "step"; });
+  expect("what the file does not hold; key t", [](ReadItem& item) { item.is_bytes = true; });
+  expect("outside its tensor; key t", [](ReadItem& item) { item.storage_offsets = {1, 0}; });
+  Metadata other = metadata;
+  std::get<TensorStorageMetadata>(*other.state_dict_metadata.find("t")).size = {6, 4};
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "not the one that the catalogue was read from; file " + path_,
+               reader.set_up_storage_reader(other));
+  other = metadata;
+  other.storage_data.find({"t", Dims{0, 0}, {}})->length += 1;
+  EXPECT_ERROR(ErrorCode::kFailedPrecondition, "not the one that the catalogue was read from",
+               reader.set_up_storage_reader(other));
+}
+
 TEST_F(TorchSaveReaderTest, ReadsViewsOfEveryKind) {
   TorchFile file;
   const size_t s = file.storage(counting(24));
