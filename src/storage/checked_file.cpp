@@ -3,13 +3,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
 
+#include "core/stream_copy.h"
 #include "reshard/format/crc32.h"
 #include "storage/file_names.h"
 
@@ -28,24 +25,6 @@ constexpr uint64_t kKeptSidecarBytes = 256 << 20;
 [[noreturn]] void differs(std::string_view what, uint64_t offset, uint32_t wanted, uint32_t found) {
   throw Error(ErrorCode::kCorruptData, "the stored bytes do not match their checksum: " + std::string(what),
               {.offset = offset, .wanted = std::to_string(wanted), .found = std::to_string(found)});
-}
-
-/// Copies past the caches: the old contents of the destination are not fetched before they are overwritten.
-void stream_copy(std::byte* to, const std::byte* from, size_t size) {
-#ifdef __SSE2__
-  const size_t head = std::min(size, static_cast<size_t>(-reinterpret_cast<uintptr_t>(to) & 63));
-  std::memcpy(to, from, head);
-  size_t done = head;
-  for (; size - done >= 64; done += 64) {
-    const auto* source = reinterpret_cast<const __m128i*>(from + done);
-    auto* destination = reinterpret_cast<__m128i*>(to + done);
-    for (int i = 0; i < 4; ++i) _mm_stream_si128(destination + i, _mm_loadu_si128(source + i));
-  }
-  std::memcpy(to + done, from + done, size - done);
-  _mm_sfence();
-#else
-  std::memcpy(to, from, size);
-#endif
 }
 
 /// Copies `from` to the parts, one after the other.
