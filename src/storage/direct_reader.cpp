@@ -164,7 +164,6 @@ void DirectReader::read_staged(const DenseElements& elements, const Box& region,
   const int64_t size = element_size(elements.dtype);
   const int64_t total = volume(region.sizes);
   const int64_t block = static_cast<int64_t>(kStageBytes) / size;
-  flush();
   Bytes buffer(static_cast<size_t>(std::min(block, total) * size));
   for (int64_t begin = 0; begin < total; begin += block) {
     for (const Box& box : flat_range_to_boxes(region.sizes, begin, std::min(begin + block, total))) {

@@ -125,6 +125,17 @@ TEST(MetadataScanTest, KeysNamedAsAttributesAreKeys) {
   EXPECT_FALSE(scan_metadata(file)->is_ours);
 }
 
+TEST(MetadataScanTest, PathsOfForeignPlannersAreLeftToTheTree) {
+  CatalogueBuilder b;
+  for (const auto& element : {pickle::Tree::none(), pickle::Tree::real(1), b.tree.tuple({}), b.tree.list({})}) {
+    b.planner_data = b.tree.dict({{b.tree.str("w"), b.tree.tuple({b.tree.str("w"), element})}});
+    EXPECT_FALSE(scans_as_the_tree(b.encode_in_protocol_4()));
+  }
+  b.planner_data = b.tree.dict({{b.tree.str("w"), b.tree.tuple({b.tree.str("w"), b.tree.str("odd")})}});
+  EXPECT_TRUE(scans_as_the_tree(b.encode_in_protocol_4()));
+  EXPECT_FALSE(scans_as_the_tree(with_opcode(b, std::string("X\x03\0\0\0odd", 8), "C\x03odd"))) << "bytes are no text";
+}
+
 TEST(MetadataScanTest, AttributesOfOthersArePassedOver) {
   CatalogueBuilder b;
   const auto one = pickle::Tree::integer(1);

@@ -718,6 +718,19 @@ TEST_F(FileSystemReaderTest, ReadsAMebibyteOfSmallItemsAtATime) {
   }
 }
 
+// read_alone() wants the last sign of progress to be the total.
+TEST_F(FileSystemReaderTest, CompressedItemsAreProgress) {
+  std::vector<StateEntry> entries{replica_entry("large", {900'000}), replica_entry("small", {10}),
+                                  bytes_entry("value", 300)};
+  save_checkpoint(directory_.path(), states<MemorySaveState>({entries}),
+                  {.sync_files = false, .extensions = {std::make_shared<ZStandard>()}});
+  for (const int threads : {1, 2}) {
+    MemoryLoadState state(entries);
+    read_alone(directory_.path(), state, {.thread_count = threads});
+    EXPECT_EQ(state.first_difference(), "");
+  }
+}
+
 TEST_F(FileSystemReaderTest, PassesOverWhatNobodyWantsBetweenSmallItems) {
   const std::vector<StateEntry> ends{replica_entry("a", {100}), replica_entry("z", {100})};
   save(states<MemorySaveState>({{ends[0], replica_entry("middle", {100'000}), ends[1]}}));
