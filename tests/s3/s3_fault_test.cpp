@@ -12,6 +12,7 @@
 #include "reshard/storage/checkpoint_manager.h"
 #include "storage/checkpoint_runs.h"
 #include "storage/generations.h"
+#include "storage/hugging_face_runs.h"
 #include "support/expect_error.h"
 #include "support/s3_server.h"
 #include "support/temporary_directory.h"
@@ -403,6 +404,42 @@ TEST_F(S3FaultTest, WrongCredentialsAndDeadHostsAreNamedWithoutSecrets) {
   options = server_.options();
   options.endpoint = "http://127.0.0.1:1";
   EXPECT_ERROR(ErrorCode::kUnavailable, "4 attempts failed, the last one: ", S3FileSystem(options).list(directory_));
+}
+
+// A lost answer to the last copy leaves open whether the checkpoint is there; everything else is known.
+TEST_F(S3FaultTest, ASafetensorsSaveTellsWhetherItIsCommitted) {
+  S3Options once = server_.options();
+  once.max_attempts = 1;
+  const Dims size{40, 3};
+  int unknown = 0;
+  for (const char* kind : {"slow_down", "reset_before", "reset_after"}) {
+    for (int nth = 1; nth < 200; ++nth) {
+      directory_ = server_.new_prefix();
+      Outcome result;
+      const bool hit = with_fault(kind, nth, 1, [&] {
+        S3FileSystem s3(once);
+        const auto state = sharded<MemorySaveState>("w", size, split(size, 0, 2));
+        result = outcome([&] { save_safetensors(directory_, state, {.consolidate = false}, s3); });
+      });
+      SCOPED_TRACE(std::string(kind) + " at " + std::to_string(nth) + ": " + what_ + "; " + result.text);
+      S3FileSystem s3(server_.options());
+      bool whole = false;
+      try {
+        auto target = sharded<MemoryLoadState>("w", size, split(size, 1, 2));
+        load_safetensors(directory_, target, {}, s3);
+        whole = first_difference(target).empty();
+      } catch (const CheckpointError&) {
+        // There is none.
+      }
+      if (result.committed == Committed::kUnknown) {
+        ++unknown;
+      } else {
+        EXPECT_EQ(whole, result.committed == Committed::kYes);
+      }
+      if (!hit) break;
+    }
+  }
+  EXPECT_GT(unknown, 0);
 }
 
 // --- locks
