@@ -19,6 +19,7 @@
 #include "reshard/storage/filesystem.h"
 #include "storage/archive_frames.h"
 #include "storage/direct_reader.h"
+#include "storage/parallel.h"
 #include "storage/stored_items.h"
 #include "storage/transformed_item.h"
 

@@ -375,10 +375,7 @@ void warn_of_failure(const char* what) noexcept {
 
 FileSystemWriter::FileSystemWriter(std::string directory, FileSystemWriterOptions options, FileSystem& file_system)
     : directory_(std::move(directory)), options_(std::move(options)), file_system_(file_system) {
-  if (options_.thread_count < 1) {
-    throw Error(ErrorCode::kInvalidArgument, "thread_count of a FileSystemWriter",
-                {.wanted = "1 or more", .found = std::to_string(options_.thread_count)});
-  }
+  require_thread_count(options_.thread_count, "FileSystemWriter");
   if (options_.storage_alignment == 0 || (options_.storage_alignment & (options_.storage_alignment - 1)) != 0) {
     throw Error(ErrorCode::kInvalidArgument, "storage_alignment of a FileSystemWriter",
                 {.wanted = "a power of two", .found = std::to_string(options_.storage_alignment)});

@@ -9,6 +9,7 @@
 #include "reshard/storage/hugging_face.h"
 #include "storage/direct_reader.h"
 #include "storage/hugging_face_files.h"
+#include "storage/parallel.h"
 #include "storage/stored_items.h"
 
 namespace reshard {

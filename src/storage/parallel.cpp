@@ -4,10 +4,19 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "reshard/core/error.h"
+
 namespace reshard {
+
+void require_thread_count(int thread_count, std::string_view who) {
+  if (thread_count >= 1) return;
+  throw Error(ErrorCode::kInvalidArgument, "thread_count of a " + std::string(who),
+              {.wanted = "1 or more", .found = std::to_string(thread_count)});
+}
 
 void run_parallel(size_t count, size_t threads, std::atomic<bool>& failed, const std::function<void(size_t)>& body) {
   std::atomic<size_t> next = 0;

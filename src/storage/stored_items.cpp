@@ -126,12 +126,6 @@ void for_each_batch(const StoredItems& items, int thread_count,
                [&](size_t i) { fn(batches[i].front().place->relative_path, batches[i]); });
 }
 
-void require_thread_count(int thread_count, std::string_view reader) {
-  if (thread_count >= 1) return;
-  throw Error(ErrorCode::kInvalidArgument, "thread_count of a " + std::string(reader),
-              {.wanted = "1 or more", .found = std::to_string(thread_count)});
-}
-
 MutableTensorView resolve_destination(LoadPlanner& planner, const ReadItem& want, DType dtype) {
   MutableTensorView view = planner.resolve_tensor(want);
   if (view.dtype != dtype || view.sizes != want.lengths) {

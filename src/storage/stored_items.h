@@ -6,7 +6,6 @@
 #include <functional>
 #include <span>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "reshard/planner/planner.h"
@@ -45,9 +44,6 @@ class StoredItems {
   uint64_t bytes_wanted_ = 0;
   uint64_t bytes_planned_ = 0;
 };
-
-/// Throws kInvalidArgument for less than one thread.
-void require_thread_count(int thread_count, std::string_view reader);
 
 /// Calls fn(relative_path, items) for each batch, by up to `thread_count` threads at once. When one throws, the others
 /// end their batches, and the first error leaves.
